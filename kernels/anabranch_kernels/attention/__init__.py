@@ -1,0 +1,1 @@
+"""Dense, differentiable attention with unequal numbers of Q, K and V heads."""

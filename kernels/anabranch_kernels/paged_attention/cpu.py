@@ -1,0 +1,1 @@
+from .reference import paged_attention, store_kv

@@ -1,0 +1,1 @@
+"""Linear layers for few rows: what decoding on a CPU consists of."""
