@@ -1,0 +1,64 @@
+# Two commands matter: `make demo` and `make test`. Every target builds .venv first when it is missing or out of date.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint gpu-check cuda-check gpu bench clean
+
+BIN := .venv/bin
+READY := .venv/ready
+JOBS ?= 2
+FIND_PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+PYTHON ?= $(FIND_PYTHON)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h bindings/*.cpp bindings/*.h) setup.py pyproject.toml constraints.txt \
+	engine/anabranch/version.py
+
+MODEL ?= engine/anabranch/assets/pystdlib-diffqkv
+define PROMPT
+import os
+
+
+def read_lines(path):
+endef
+export MODEL PROMPT
+
+help:
+	@echo "make demo        generate text (MODEL=folder PROMPT=text to choose; the model in the package otherwise)"
+	@echo "make test        all tests that need no GPU"
+	@echo "make lint        ruff and mypy"
+	@echo "make bench       every CPU benchmark; writes benchmarks/results/"
+	@echo "make gpu-check   compile all Triton kernels for sm_90 without a GPU"
+	@echo "make cuda-check  compile all CUDA sources without a GPU (needs nvcc)"
+	@echo "make gpu         on a machine with a GPU: its tests and benchmarks"
+	@echo "make clean       remove .venv and everything built"
+
+# The compiler is looked for before anything is downloaded; the stamp comes last, so a broken installation is repeated.
+$(READY): $(SOURCES)
+	@test -n "$(PYTHON)" || { echo "anabranch needs Python 3.11 or newer; none found on PATH (say where: make PYTHON=/path/to/python3)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "anabranch needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
+	@command -v $(CXX) >/dev/null || { echo "anabranch needs a C++17 compiler; no '$(CXX)' on PATH (Debian, Ubuntu: apt install g++; or make CXX=clang++)" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "anabranch needs Python's C headers; Python.h is missing (Debian, Ubuntu: apt install python3-dev)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "could not make .venv (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt 'setuptools>=77' 'pybind11>=3.0' ninja
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/anabranch generate "$$MODEL" --prompt "$$PROMPT"
+
+test: $(READY)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy engine kernels
+
+bench: $(READY)
+	$(BIN)/anabranch bench attention --json benchmarks/results/attention.json --plot benchmarks/results/attention.png
+	$(BIN)/anabranch bench linear --json benchmarks/results/linear.json
+	$(BIN)/anabranch bench engine --json benchmarks/results/engine.json
+
+clean:
+	rm -rf .venv build dist engine/*.egg-info *.egg-info kernels/anabranch_kernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
