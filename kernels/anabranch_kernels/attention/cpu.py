@@ -26,10 +26,11 @@ def _expand(x: Tensor, heads: int, width: int) -> Tensor:
 
 def _fold(grad: Tensor, like: Tensor) -> Tensor:
     """Sum a gradient [B, heads, S, width] over the query heads that shared a head of `like` [B, S, H, D]."""
-    B, S, H, D = like.shape
-    grad = grad[..., :D].transpose(1, 2)
-    if grad.shape[2] > H:
-        grad = grad.unflatten(2, (H, -1)).sum(3, dtype=grad.dtype if grad.dtype == torch.float64 else torch.float32)
+    grad = grad[..., : like.shape[3]].transpose(1, 2)
+    shared = grad.shape[2] // like.shape[2]
+    if shared > 1:
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        grad = grad.reshape(*like.shape[:3], shared, like.shape[3]).sum(3, dtype=wide)
     return grad.to(like.dtype).contiguous()
 
 
@@ -69,7 +70,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     Hq, S = q.shape[2], k.shape[1]
     if q.numel() == 0 or k.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     width = max(q.shape[3], v.shape[3])
     is_causal, mask = _mask(q, S, causal, window)
     wide = [_expand(x, Hq, width) for x in (grad, q, k, v, out)]

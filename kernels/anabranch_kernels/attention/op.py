@@ -1,15 +1,17 @@
 """Dense attention whose K and V may differ in number and width of heads: schema, checks, gradients.
 
 Training and scoring use it; generation reads a paged cache (paged_attention) and needs no gradients.
-The gradient is registered with torch.library, so that `torch.compile` and `opcheck` see it.
+Forward and backward are two ops; a torch.autograd.Function ties them together when a gradient is asked for.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from anabranch_kernels.attention import cpu, reference
 from anabranch_kernels.library import define
@@ -46,21 +48,22 @@ _backward = define(
 )
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.causal, ctx.scale, ctx.window = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, lse)
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
+        out: Tensor
+        out, lse = _forward(q, k, v, causal, scale, window)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.mask = (causal, scale, window)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward(grad, *ctx.saved_tensors, *ctx.mask), None, None, None)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 6
-    return (*_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale, ctx.window), None, None, None)
-
-
-torch.library.register_autograd("anabranch_kernels::attention_forward", _differentiate, setup_context=_keep)
+_differentiable: Callable[..., Tensor] = _Attention.apply
 
 
 def attention(
@@ -80,7 +83,10 @@ def attention(
     DiffQKV of Sigma, arXiv 2501.13629; Hk and Hv each divide Hq, nothing else ties them.
     """
     _check(q, k, v, causal, window)
-    out, _ = _forward(q, k, v, causal, 1 / sqrt(q.shape[3]) if scale is None else scale, window)
+    scale = 1 / sqrt(q.shape[3]) if scale is None else scale
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _differentiable(q, k, v, causal, scale, window)
+    out: Tensor = _forward(q, k, v, causal, scale, window)[0]
     return out
 
 

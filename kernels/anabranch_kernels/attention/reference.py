@@ -53,14 +53,13 @@ def attention_backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each in its own shape and dtype."""
-    Hq, Hk, Hv = q.shape[2], k.shape[2], v.shape[2]
+    gk, gv = q.shape[2] // k.shape[2], q.shape[2] // v.shape[2]
     Q, G = _wide(q), _wide(grad)
-    K = _wide(k).repeat_interleave(Hq // Hk, 2)
-    V = _wide(v).repeat_interleave(Hq // Hv, 2)
+    K, V = _wide(k).repeat_interleave(gk, 2), _wide(v).repeat_interleave(gv, 2)
     p = (_scores(Q, K, causal, scale, window) - _wide(lse).transpose(1, 2)[..., None]).exp()
     dp = torch.einsum("bthd,bshd->bhts", G, V)
     ds = scale * p * (dp - (G * _wide(out)).sum(-1).transpose(1, 2)[..., None])
     dq = torch.einsum("bhts,bshd->bthd", ds, K)
-    dk = torch.einsum("bhts,bthd->bshd", ds, Q).unflatten(2, (Hk, Hq // Hk)).sum(3)
-    dv = torch.einsum("bhts,bthd->bshd", p, G).unflatten(2, (Hv, Hq // Hv)).sum(3)
+    dk = torch.einsum("bhts,bthd->bshd", ds, Q).reshape(*k.shape[:3], gk, k.shape[3]).sum(3)
+    dv = torch.einsum("bhts,bthd->bshd", p, G).reshape(*v.shape[:3], gv, v.shape[3]).sum(3)
     return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
