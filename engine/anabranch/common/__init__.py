@@ -1,0 +1,1 @@
+"""What every part of the engine may use: files of checkpoints."""

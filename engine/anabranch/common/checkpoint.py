@@ -1,0 +1,102 @@
+"""Checkpoint folders as Hugging Face lays them out: `config.json` beside safetensors, in one file or in shards.
+
+Nothing is unpickled: a pickle runs code of its author's choice when it is opened.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class Checkpoint:
+    """The tensors of a folder by name. They are mapped from disk and read one at a time, never all at once.
+
+    shapes    name -> shape of every tensor
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._files: dict[str, Any] = {}
+        self.shapes: dict[str, list[int]] = {}
+        for path in _safetensors_files(self.folder):
+            file = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118  (not a dict: it has no __iter__)
+                self._files[name] = file
+                self.shapes[name] = list(file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in the dtype it is stored in."""
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint folder."""
+    if not path.parent.is_dir():
+        raise ValueError(f"no model folder at {path.parent}; give a local folder with config.json and safetensors")
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name}; a model folder holds config.json and safetensors")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that is either whole or not there, whenever the machine stops."""
+    _replace(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors into one safetensors file that is either whole or not there, whenever the machine stops."""
+    owned = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    _replace(path, lambda temporary: save_file(owned, temporary, metadata={"format": "pt"}))
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: one file or the shards of an index."""
+    if not folder.is_dir():
+        raise ValueError(f"no model folder at {folder}; give a local folder with config.json and safetensors")
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        shards = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise ValueError(f"{folder / INDEX} names shards that are not there: {missing}")
+        return [folder / shard for shard in shards]
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{folder} holds its weights as pickles ({', '.join(pickles)}), which run code when opened; "
+            "only safetensors are loaded: convert them with transformers' save_pretrained"
+        )
+    raise ValueError(f"{folder} has no weights; expected {SINGLE} or {INDEX} with its shards")
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

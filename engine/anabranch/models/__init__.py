@@ -1,0 +1,1 @@
+"""Decoder-only models: their configuration, one definition of the block, and their checkpoints."""
