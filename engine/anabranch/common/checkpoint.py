@@ -5,7 +5,6 @@ Nothing is unpickled: a pickle runs code of its author's choice when it is opene
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from anabranch.common.files import replace_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -22,17 +23,19 @@ class Checkpoint:
     """The tensors of a folder by name. They are mapped from disk and read one at a time, never all at once.
 
     shapes    name -> shape of every tensor
+    dtypes    name -> its safetensors name of dtype, such as "BF16"
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._files: dict[str, Any] = {}
         self.shapes: dict[str, list[int]] = {}
+        self.dtypes: dict[str, str] = {}
         for path in _safetensors_files(self.folder):
             file = safe_open(path, framework="pt")
             for name in file.keys():  # noqa: SIM118  (not a dict: it has no __iter__)
-                self._files[name] = file
-                self.shapes[name] = list(file.get_slice(name).get_shape())
+                part = file.get_slice(name)
+                self._files[name], self.shapes[name], self.dtypes[name] = file, part.get_shape(), part.get_dtype()
 
     def read(self, name: str) -> Tensor:
         """One tensor, in the dtype it is stored in."""
@@ -57,13 +60,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file that is either whole or not there, whenever the machine stops."""
-    _replace(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors into one safetensors file that is either whole or not there, whenever the machine stops."""
     owned = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    _replace(path, lambda temporary: save_file(owned, temporary, metadata={"format": "pt"}))
+    replace_file(path, lambda temporary: save_file(owned, temporary, metadata={"format": "pt"}))
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
@@ -85,18 +88,3 @@ def _safetensors_files(folder: Path) -> list[Path]:
             "only safetensors are loaded: convert them with transformers' save_pretrained"
         )
     raise ValueError(f"{folder} has no weights; expected {SINGLE} or {INDEX} with its shards")
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -5,6 +5,7 @@ that training (dense sequences) and serving (paged caches) run the same code.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol, Self
 
@@ -148,9 +149,9 @@ class Transformer(nn.Module):
                 )
         return self
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts reach every weight; the angles stay float32, for bfloat16 cannot count past 256."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._place_rotary()
         return self
 
