@@ -4,8 +4,7 @@ Nothing is unpickled: a pickle runs code of its author's choice when it is opene
 """
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
