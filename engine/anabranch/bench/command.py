@@ -1,0 +1,145 @@
+"""`anabranch bench attention|linear|engine`: measure, print the table, write what was asked for."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from anabranch.bench.report import Report
+    from anabranch.bench.timing import Roofs
+
+DTYPES = ("bfloat16", "float16", "float32")
+PEERS = ("transformers", "llama.cpp")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One sub-subcommand for each kind of benchmark."""
+    parser.epilog = "examples:\n  anabranch bench attention --quick\n  anabranch bench linear --help\n"
+    kinds = parser.add_subparsers(title="benchmarks", dest="kind", metavar="KIND", required=True)
+    _add_attention(_add_kind(kinds, "attention", "decode and prefill of unequal heads beside the GQA twin and torch"))
+    _add_linear(_add_kind(kinds, "linear", "skinny_linear beside torch's linear"))
+    _add_engine(_add_kind(kinds, "engine", "a 315M-parameter Llama beside transformers and llama.cpp"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what was asked for."""
+    from anabranch.bench import report as reports
+
+    if args.repeats < 1 or (args.threads is not None and args.threads < 1):
+        raise ValueError(f"--repeats and --threads must be at least 1, got {args.repeats} and {args.threads}")
+    reports.check_targets([path for path in (args.json, args.markdown, args.plot) if path])
+    if args.plot:
+        reports.check_plot_library()
+    args.repeats = 3 if args.quick else args.repeats
+    report = _measure(args)
+    print(reports.to_text(report))
+    reports.save(report, json_path=args.json, markdown_path=args.markdown, plot_path=args.plot)
+    return 0
+
+
+def _add_kind(
+    kinds: "argparse._SubParsersAction[argparse.ArgumentParser]", kind: str, summary: str
+) -> argparse.ArgumentParser:
+    parser = kinds.add_parser(
+        kind, help=summary, description=f"Measure {summary}.", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, help="threads of every contender (default: torch's own choice)")
+    parser.add_argument("--repeats", type=int, default=30, help="samples of each contender (default: %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes and 3 repeats: shows that it runs, not how fast"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a roofline PNG (needs matplotlib)")
+    return parser
+
+
+def _add_attention(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  anabranch bench attention
+  anabranch bench attention --contexts 8192 32768 --prompts --plot attention.png
+  anabranch bench attention --heads 32 2 8 --width 128 --threads 2 --json attention.json
+"""
+    parser.add_argument(
+        "--contexts", type=int, nargs="*", default=[2048, 8192, 32768], help="cached tokens of decode (%(default)s)"
+    )
+    parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048], help="tokens of prefill (%(default)s)")
+    parser.add_argument(
+        "--heads", type=int, nargs=3, default=[32, 4, 16], metavar=("HQ", "HK", "HV"), help="heads (%(default)s)"
+    )
+    parser.add_argument("--width", type=int, default=64, help="width of a head (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of q and the cache (%(default)s)")
+
+
+def _add_linear(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  anabranch bench linear
+  anabranch bench linear --rows 1 8 --dtypes bfloat16 int8 --markdown linear.md
+"""
+    parser.add_argument("--rows", type=int, nargs="+", help="rows of x (default: 1 to 32)")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=(*DTYPES, "int8"), default=["bfloat16", "float32", "int8"],
+        help="of the weights (%(default)s)",
+    )  # fmt: skip
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  anabranch bench engine                     random weights, 512 tokens of context, batches of 1 and 8
+  anabranch bench engine --peers llama.cpp   beside one peer only (pip install llama-cpp-python gguf)
+"""
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="(default: all installed)")
+
+
+def _measure(args: argparse.Namespace) -> "Report":
+    import torch
+    from anabranch_kernels.roofline import read_bandwidth
+
+    from anabranch.bench.timing import Roofs, best_flops
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(args.threads or before)
+        roofs = Roofs(read=read_bandwidth, flops=best_flops(size=64 if args.quick else 1024))
+        return {"attention": _attention, "linear": _linear, "engine": _engine}[args.kind](args, roofs)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _attention(args: argparse.Namespace, roofs: "Roofs") -> "Report":
+    import torch
+
+    from anabranch.bench import attention, machine
+    from anabranch.bench.report import Report
+    from anabranch.bench.timing import measure
+
+    Hq, Hk, Hv = args.heads
+    shape = attention.Shape(Hq=Hq, Hk=Hk, Hv=Hv, width=args.width)
+    dtype = getattr(torch, args.dtype)
+    working_set = 1 if args.quick else machine.working_set_bytes()
+    samples = []
+    for context in [96] if args.quick else args.contexts:
+        case = attention.decode(context, shape=shape, dtype=dtype, working_set=working_set)
+        samples += measure(case, roofs, repeats=args.repeats)
+    for tokens in [48] if args.quick else args.prompts:
+        samples += measure(attention.prefill(tokens, shape=shape, dtype=dtype), roofs, repeats=args.repeats)
+    title = f"Attention, heads ({Hq},{Hk},{Hv}) of {args.width}, {args.dtype}"
+    return Report(title=title, machine=machine.describe(), samples=tuple(samples))
+
+
+def _linear(args: argparse.Namespace, roofs: "Roofs") -> "Report":
+    import torch
+
+    from anabranch.bench import linear, machine
+    from anabranch.bench.report import Report
+    from anabranch.bench.timing import measure
+
+    working_set = 1 if args.quick else machine.working_set_bytes()
+    samples = []
+    for name in args.dtypes:
+        for size in linear.QUICK_SHAPES if args.quick else linear.SHAPES:
+            rows = args.rows or linear.ROWS
+            for case in linear.skinny(size, rows, dtype=getattr(torch, name), working_set=working_set):
+                samples += measure(case, roofs, repeats=args.repeats)
+    title = "A weight [out, in] times M rows"
+    return Report(title=title, machine=machine.describe(), samples=tuple(samples))
