@@ -1,0 +1,24 @@
+"""Inference and aggregation with compiled kernels. `from anabranch import LLM, SamplingParams` is the way in."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from anabranch.version import __version__
+
+if TYPE_CHECKING:
+    from anabranch.serve.llm import LLM
+    from anabranch.serve.request import SamplingParams
+
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+_HOMES = {"LLM": "anabranch.serve.llm", "SamplingParams": "anabranch.serve.request"}  # loaded on first use (PEP 562)
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
