@@ -31,7 +31,7 @@ setup(
             include_dirs=["csrc"],
             depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
-            extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math"],
+            extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", "-Wno-uninitialized"],
             define_macros=[("ANABRANCH_SOURCE_HASH", f'"{source_hash()}"')],
         )
     ],

@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+import torch
+
 _ROOT = Path(__file__).parents[2]
 
 try:
@@ -25,7 +27,10 @@ def _source_hash() -> str | None:
 if _source_hash() not in (None, extension.source_hash):
     raise ImportError("the compiled kernels are older than csrc/ or bindings/; rebuild them with `pip install -e .`")
 
+# csrc/scalar.h, enum Type
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+
 # The fastest instruction set that this CPU has and the extension was compiled for; kernels take it as an argument.
 ISA: str = extension.supported_isas()[-1]
 
-__all__ = ["ISA", "extension"]
+__all__ = ["ISA", "TYPES", "extension"]

@@ -1,1 +1,31 @@
-from .reference import skinny_linear
+"""Skinny linear layers on the CPU: C++ (csrc/skinny_linear.cpp) for few rows, torch for many."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..native import ISA, TYPES, extension
+
+MOST_ROWS = 16
+
+
+def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, isa: str = ISA) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    M, width = rows.shape
+    if M > MOST_ROWS:
+        if scales is not None:
+            weight = (weight * scales[:, None]).to(x.dtype)
+        return linear(x, weight, bias)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    scales = None if scales is None else scales.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    extension.skinny_linear(
+        rows.data_ptr(), TYPES[x.dtype], rows.stride(0), weight.data_ptr(), TYPES[weight.dtype], weight.stride(0),
+        0 if scales is None else scales.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        out.data_ptr(), M, width, weight.shape[0], isa, torch.get_num_threads(),
+    )  # fmt: skip
+    return out

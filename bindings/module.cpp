@@ -1,0 +1,130 @@
+// anabranch_kernels._C: hands pointers to csrc with the GIL released, nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "paged_attention.h"
+#include "parallel.h"
+#include "skinny_linear.h"
+
+namespace py = pybind11;
+using namespace anabranch;
+
+namespace {
+
+const char* name_of(Isa isa) {
+  switch (isa) {
+    case Isa::generic: return "generic";
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::avx512_bf16_emulated: return "avx512_bf16_emulated";
+  }
+  return "";
+}
+
+Isa isa_of(const std::string& name) {
+  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::avx512_bf16_emulated})
+    if (name == name_of(isa)) {
+      if (!is_supported(isa)) throw py::value_error("this CPU cannot run " + name);
+      return isa;
+    }
+  throw py::value_error("unknown instruction set '" + name + "'");
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void raise_if(const std::string& wrong) {
+  if (!wrong.empty()) throw py::value_error(wrong);
+}
+
+// A tensor arrives as {address, type, strides of all dimensions but the last}.
+using Rows3 = std::array<int64_t, 4>;
+using Cache = std::array<int64_t, 5>;
+
+void attend(const Rows3& q, const Cache& k, const Cache& v, uintptr_t k_scales, uintptr_t v_scales,
+            const std::array<int64_t, 2>& page_table, uintptr_t seq_lens, uintptr_t cu_seqlens_q, uintptr_t out,
+            uintptr_t lse, const std::array<int, 10>& sizes, float scale, int window, int v_top_k, bool renormalise,
+            const std::string& isa, int threads) {
+  AttentionCall c{};
+  c.q = pointer<void>(q[0]), c.q_type = static_cast<Type>(q[1]), c.q_token = q[2], c.q_head = q[3];
+  c.k = pointer<void>(k[0]), c.k_type = static_cast<Type>(k[1]), c.k_page = k[2], c.k_head = k[3], c.k_slot = k[4];
+  c.v = pointer<void>(v[0]), c.v_type = static_cast<Type>(v[1]), c.v_page = v[2], c.v_head = v[3], c.v_slot = v[4];
+  c.k_scales = pointer<float>(k_scales), c.v_scales = pointer<float>(v_scales);
+  c.page_table = pointer<int32_t>(page_table[0]), c.table_row = page_table[1];
+  c.seq_lens = pointer<int32_t>(seq_lens), c.cu_seqlens_q = pointer<int32_t>(cu_seqlens_q);
+  c.out = pointer<void>(out), c.lse = pointer<float>(lse);
+  c.T = sizes[0], c.B = sizes[1], c.Hq = sizes[2], c.Hk = sizes[3], c.Hv = sizes[4], c.Dk = sizes[5], c.Dv = sizes[6];
+  c.P = sizes[7], c.page = sizes[8], c.max_pages = sizes[9];
+  c.scale = scale, c.window = window, c.v_top_k = v_top_k, c.renormalise = renormalise;
+  const Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  const std::string wrong = paged_attention(c, chosen, threads);
+  py::gil_scoped_acquire acquire;
+  raise_if(wrong);
+}
+
+void store(const Rows3& k, const Rows3& v, const Cache& k_cache, const Cache& v_cache, uintptr_t k_scales,
+           uintptr_t v_scales, uintptr_t slots, const std::array<int, 7>& sizes, int threads) {
+  StoreCall c{};
+  c.k = pointer<void>(k[0]), c.k_type = static_cast<Type>(k[1]), c.k_token = k[2], c.k_head = k[3];
+  c.v = pointer<void>(v[0]), c.v_type = static_cast<Type>(v[1]), c.v_token = v[2], c.v_head = v[3];
+  c.k_cache = pointer<void>(k_cache[0]), c.k_cache_type = static_cast<Type>(k_cache[1]);
+  c.k_page = k_cache[2], c.k_cache_head = k_cache[3], c.k_slot = k_cache[4];
+  c.v_cache = pointer<void>(v_cache[0]), c.v_cache_type = static_cast<Type>(v_cache[1]);
+  c.v_page = v_cache[2], c.v_cache_head = v_cache[3], c.v_slot = v_cache[4];
+  c.k_scales = pointer<float>(k_scales), c.v_scales = pointer<float>(v_scales), c.slots = pointer<int64_t>(slots);
+  c.T = sizes[0], c.Hk = sizes[1], c.Hv = sizes[2], c.Dk = sizes[3], c.Dv = sizes[4], c.P = sizes[5], c.page = sizes[6];
+  py::gil_scoped_release release;
+  const std::string wrong = store_kv(c, threads);
+  py::gil_scoped_acquire acquire;
+  raise_if(wrong);
+}
+
+void linear(uintptr_t x, int x_type, int64_t x_row, uintptr_t weight, int weight_type, int64_t weight_row,
+            uintptr_t scales, uintptr_t bias, uintptr_t y, int M, int in, int out, const std::string& isa,
+            int threads) {
+  const LinearCall c{pointer<void>(x),     static_cast<Type>(x_type), x_row, pointer<void>(weight),
+                     static_cast<Type>(weight_type), weight_row, pointer<float>(scales), pointer<void>(bias),
+                     pointer<void>(y),     M, in, out};
+  const Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  skinny_linear(c, chosen, threads);
+}
+
+uint64_t read_memory(uintptr_t data, int64_t bytes, const std::string& isa, int threads) {
+  const Kernels& kernels = kernels_for(isa_of(isa));
+  py::gil_scoped_release release;
+  constexpr int64_t chunk = 1 << 20;
+  std::vector<uint64_t> sums(threads);
+  parallel_for(static_cast<int>((bytes + chunk - 1) / chunk), threads, [&](int task, int thread) {
+    const int64_t begin = task * chunk;
+    sums[thread] ^= kernels.read(pointer<char>(data) + begin, std::min(chunk, bytes - begin));
+  });
+  uint64_t sum = 0;
+  for (uint64_t part : sums) sum ^= part;
+  return sum;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("source_hash") = ANABRANCH_SOURCE_HASH;
+  m.def("supported_isas", [] {
+    std::vector<std::string> names;
+    for (Isa isa : supported_isas()) names.push_back(name_of(isa));
+    return names;
+  });
+  m.def("paged_attention", &attend);
+  m.def("store_kv", &store);
+  m.def("skinny_linear", &linear);
+  m.def("read_memory", &read_memory);
+}

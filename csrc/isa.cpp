@@ -1,0 +1,63 @@
+#include "isa.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace anabranch {
+
+const Kernels& generic_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+const Kernels& avx512_bf16_kernels();
+const Kernels& avx512_bf16_emulated_kernels();
+#endif
+
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx512_bf16() {
+  // GCC 12's __builtin_cpu_supports knows the name only from some versions on; leaf 7.1, EAX bit 5 says it everywhere.
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));
+}
+#endif
+
+}  // namespace
+
+std::vector<Isa> supported_isas() {
+  std::vector<Isa> isas{Isa::generic};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2) isas.push_back(Isa::avx2);
+  if (avx512) isas.push_back(Isa::avx512);
+  if (avx512 && has_avx512_bf16()) isas.push_back(Isa::avx512_bf16);
+#endif
+  return isas;
+}
+
+bool is_supported(Isa isa) {
+  const Isa needed = isa == Isa::avx512_bf16_emulated ? Isa::avx512 : isa;
+  for (Isa have : supported_isas())
+    if (have == needed) return true;
+  return false;
+}
+
+const Kernels& kernels_for(Isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case Isa::avx2: return avx2_kernels();
+    case Isa::avx512: return avx512_kernels();
+    case Isa::avx512_bf16: return avx512_bf16_kernels();
+    case Isa::avx512_bf16_emulated: return avx512_bf16_emulated_kernels();
+    default: break;
+  }
+#endif
+  return generic_kernels();
+}
+
+}  // namespace anabranch

@@ -1,0 +1,36 @@
+// Which instruction sets this CPU has, and the kernels compiled for each.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "scalar.h"
+
+namespace anabranch {
+
+// Slowest first. `avx512_bf16_emulated` runs the code of `avx512_bf16` with its one special instruction (vdpbf16ps)
+// spelt out, so that tests reach that code on CPUs without it; it is never chosen by itself.
+enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, avx512_bf16_emulated = 4 };
+
+// What this CPU can run and this build contains, slowest first, without the emulated one.
+std::vector<Isa> supported_isas();
+bool is_supported(Isa isa);
+
+struct AttentionCall;
+struct AttentionItem;
+struct LinearCall;
+
+// One row of function pointers for each instruction set. Scratch memory comes from the caller, 64-byte aligned.
+struct Kernels {
+  int64_t (*attention_scratch_floats)(const AttentionCall&, int tokens);
+  void (*attend)(const AttentionCall&, const AttentionItem&, float* scratch);
+  void (*score)(const AttentionCall&, const AttentionItem&, float* scratch, float* scores, int64_t scores_stride);
+  int64_t (*linear_scratch_floats)(const LinearCall&);
+  void (*linear_pack)(const LinearCall&, float* packed);
+  void (*linear_rows)(const LinearCall&, const float* packed, int64_t row_begin, int64_t row_end);
+  uint64_t (*read)(const void* data, int64_t bytes);
+};
+
+const Kernels& kernels_for(Isa isa);
+
+}  // namespace anabranch

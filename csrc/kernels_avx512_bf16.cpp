@@ -1,0 +1,34 @@
+// Kernels for AVX-512 with dot products of bfloat16 pairs.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+// Standard headers come first: only our own templates, whose types name the instruction set, may be compiled for it.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#endif
+#define ANABRANCH_NATIVE_BF16
+#include "simd_avx512.h"
+#include "kernels_of.h"
+
+namespace anabranch {
+
+const Kernels& avx512_bf16_kernels() {
+  static constexpr Kernels kernels = kernels_of<Avx512Pairs<true>>();
+  return kernels;
+}
+
+}  // namespace anabranch
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

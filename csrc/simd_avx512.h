@@ -1,0 +1,115 @@
+// Sixteen lanes of AVX-512, plain and with dot products of bfloat16 pairs. Include only where the compiler may use
+// avx512f, bw, dq and vl (and avx512bf16 where ANABRANCH_NATIVE_BF16 is defined).
+#pragma once
+
+#include <immintrin.h>
+
+#include "scalar.h"
+
+namespace anabranch {
+namespace {  // internal linkage: no other file may end up with this one's instructions
+
+struct Avx512 {
+  static constexpr int W = 16;
+  static constexpr bool pairs = false;
+  using F = __m512;
+
+  static F set1(float x) { return _mm512_set1_ps(x); }
+  static F zero() { return _mm512_setzero_ps(); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+
+  // 2^x with relative error below 2e-7; exactly 0 for -inf, so that masked scores vanish.
+  static F exp2(F x) {
+    x = _mm512_max_ps(set1(-200.0f), x);  // in this order NaN passes through
+    const F whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const F f = _mm512_sub_ps(x, whole);
+    F p = set1(1.535336188319500e-4f);
+    p = fma(p, f, set1(1.339887440266574e-3f));
+    p = fma(p, f, set1(9.618437357674640e-3f));
+    p = fma(p, f, set1(5.550332471162809e-2f));
+    p = fma(p, f, set1(2.402264791363012e-1f));
+    p = fma(p, f, set1(6.931472028550421e-1f));
+    p = fma(p, f, set1(1.0f));
+    return _mm512_scalef_ps(p, whole);
+  }
+  static float sum(F a) { return _mm512_reduce_add_ps(a); }
+  static float highest(F a) { return _mm512_reduce_max_ps(a); }
+  static F widen(const float* p) { return load(p); }
+  static F widen(const bfloat16* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static F widen(const float16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F widen(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static void transpose(F (&r)[W]) {
+    F t[W];
+    for (int i = 0; i < W; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < W; i += 4) {
+      r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+      r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+      r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {  // r[4g + i] holds columns i, i+4, i+8, i+12 of rows 4g..4g+3, one per 128 bits
+      const F a = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+      const F c = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd), d = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+      t[i] = _mm512_shuffle_f32x4(a, b, 0x88);
+      t[8 + i] = _mm512_shuffle_f32x4(a, b, 0xdd);
+      t[4 + i] = _mm512_shuffle_f32x4(c, d, 0x88);
+      t[12 + i] = _mm512_shuffle_f32x4(c, d, 0xdd);
+    }
+    for (int i = 0; i < W; ++i) r[i] = t[i];
+  }
+  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
+};
+
+// Lanes of an F hold pairs of bfloat16; dot2 adds both products to a float32 lane. Native or spelt out.
+template <bool native>
+struct Avx512Pairs : Avx512 {
+  static constexpr bool pairs = true;
+
+  static F dot2(F a, F b, F c) {
+#if defined(ANABRANCH_NATIVE_BF16)
+    if constexpr (native) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+#endif
+    const __m512i ai = _mm512_castps_si512(a), bi = _mm512_castps_si512(b);
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    c = fma(_mm512_castsi512_ps(_mm512_slli_epi32(ai, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(bi, 16)), c);
+    return fma(_mm512_castsi512_ps(_mm512_and_si512(ai, high)), _mm512_castsi512_ps(_mm512_and_si512(bi, high)), c);
+  }
+  // Thirty-two floats to pairs (x0, x1), (x2, x3), …; rounds to the nearest, ties to even.
+  static F round_to_pairs(F low, F high) {
+    const __m512i l = rounded(low), h = rounded(high);
+    const __m512i index = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                                           25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_castsi512_ps(_mm512_permutex2var_epi16(l, index, h));
+  }
+  // Rows j and j + 1 of V (sixteen bfloat16 each) to sixteen pairs along j.
+  static F interleave(const bfloat16* first, const bfloat16* second) {
+    const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
+    const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
+    return _mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+  }
+
+ private:
+  static __m512i rounded(F x) {  // the wanted bits are left in each lane's upper half
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  }
+};
+
+}  // namespace
+}  // namespace anabranch

@@ -1,0 +1,76 @@
+// Eight lanes in plain C++: what runs on any CPU, and what the vector versions are compared with.
+#pragma once
+
+#include <cmath>
+
+#include "scalar.h"
+
+namespace anabranch {
+namespace {  // internal linkage: no other file may end up with this one's instructions
+
+struct Generic {
+  static constexpr int W = 8;
+  static constexpr bool pairs = false;
+  struct F {
+    float lane[W];
+  };
+
+  static F set1(float x) {
+    F r;
+    for (int i = 0; i < W; ++i) r.lane[i] = x;
+    return r;
+  }
+  static F zero() { return set1(0.0f); }
+  static F load(const float* p) {
+    F r;
+    std::memcpy(&r, p, sizeof r);
+    return r;
+  }
+  static void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
+  static F add(F a, F b) {
+    for (int i = 0; i < W; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
+  static F mul(F a, F b) {
+    for (int i = 0; i < W; ++i) a.lane[i] *= b.lane[i];
+    return a;
+  }
+  static F fma(F a, F b, F c) {
+    for (int i = 0; i < W; ++i) c.lane[i] += a.lane[i] * b.lane[i];
+    return c;
+  }
+  static F max(F a, F b) {
+    for (int i = 0; i < W; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+  }
+  static F exp2(F a) {
+    for (int i = 0; i < W; ++i) a.lane[i] = std::exp2(a.lane[i]);
+    return a;
+  }
+  static float sum(F a) {
+    return ((a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6])) + ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));
+  }
+  static float highest(F a) {
+    float m = a.lane[0];
+    for (int i = 1; i < W; ++i) m = a.lane[i] > m ? a.lane[i] : m;
+    return m;
+  }
+  template <class T>
+  static F widen(const T* p) {
+    F r;
+    for (int i = 0; i < W; ++i) r.lane[i] = to_float(p[i]);
+    return r;
+  }
+  static void transpose(F (&rows)[W]) {
+    for (int i = 0; i < W; ++i)
+      for (int j = 0; j < i; ++j) {
+        const float t = rows[i].lane[j];
+        rows[i].lane[j] = rows[j].lane[i];
+        rows[j].lane[i] = t;
+      }
+  }
+  static void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+};
+
+}  // namespace
+}  // namespace anabranch

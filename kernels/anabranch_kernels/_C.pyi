@@ -1,0 +1,52 @@
+"""Types of the compiled extension (bindings/module.cpp). Addresses are `data_ptr()`s; types as in native.TYPES."""
+
+source_hash: str
+
+def supported_isas() -> list[str]: ...
+def paged_attention(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    k_scales: int,
+    v_scales: int,
+    page_table: tuple[int, int],
+    seq_lens: int,
+    cu_seqlens_q: int,
+    out: int,
+    lse: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    window: int,
+    v_top_k: int,
+    renormalise: bool,
+    isa: str,
+    threads: int,
+) -> None: ...
+def store_kv(
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    k_cache: tuple[int, ...],
+    v_cache: tuple[int, ...],
+    k_scales: int,
+    v_scales: int,
+    slots: int,
+    sizes: tuple[int, ...],
+    threads: int,
+) -> None: ...
+def skinny_linear(
+    x: int,
+    x_type: int,
+    x_row: int,
+    weight: int,
+    weight_type: int,
+    weight_row: int,
+    scales: int,
+    bias: int,
+    y: int,
+    M: int,
+    in_: int,
+    out: int,
+    isa: str,
+    threads: int,
+) -> None: ...
+def read_memory(data: int, bytes: int, isa: str, threads: int) -> int: ...
