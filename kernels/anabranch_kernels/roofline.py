@@ -14,20 +14,25 @@ def read_bandwidth(device: str | torch.device = "cpu", *, bytes: int = 1 << 29, 
 
     `bytes` must be well above the caches (512 MiB by default). A GPU sums the buffer.
     """
+    sweep = read_sweep(device, bytes=bytes)
+    sweep()
+    return median(sweep() for _ in range(repeats))
+
+
+def read_sweep(device: str | torch.device = "cpu", *, bytes: int = 1 << 29) -> Callable[[], float]:
+    """The same for a roof that takes turns with what it is compared with: each call sweeps once and gives bytes/s."""
     words = torch.ones(bytes // 4, dtype=torch.int32, device=device)
     if words.device.type == "cpu":
-        times = [_seconds(lambda: _sweep(words)) for _ in range(repeats + 1)][1:]
+        read: Callable[[], object] = lambda: extension.read_memory(
+            words.data_ptr(), words.nbytes, ISA, torch.get_num_threads()
+        )
     else:
         synchronize = torch.get_device_module(words.device).synchronize
-        times = [_seconds(lambda: (words.sum(), synchronize())) for _ in range(repeats + 1)][1:]
-    return words.nbytes / median(times)
+        read = lambda: (words.sum(), synchronize())
 
+    def sweep() -> float:
+        start = time.perf_counter()
+        read()
+        return words.nbytes / (time.perf_counter() - start)
 
-def _sweep(words: torch.Tensor) -> None:
-    extension.read_memory(words.data_ptr(), words.nbytes, ISA, torch.get_num_threads())
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    return sweep
