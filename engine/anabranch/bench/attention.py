@@ -139,7 +139,7 @@ def fill_pages(layer: Layer, page: int, dtype: torch.dtype, random: torch.Genera
     slots = table[positions // page] * page + positions % page
     caches = [torch.empty(P, x.shape[1], page, x.shape[2], dtype=dtype) for x in (layer.k, layer.v)]
     scales = [torch.empty(cache.shape[:3]) if dtype == torch.int8 else None for cache in caches]
-    store_kv(layer.k, layer.v, *caches, slots, k_scales=scales[0], v_scales=scales[1])
+    store_kv(layer.k, layer.v, caches[0], caches[1], slots, k_scales=scales[0], v_scales=scales[1])
     return Pages(
         k_cache=caches[0], v_cache=caches[1], page_table=table[None].int(), k_scales=scales[0], v_scales=scales[1]
     )

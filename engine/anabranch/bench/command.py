@@ -89,19 +89,24 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
   anabranch bench engine --peers llama.cpp   beside one peer only (pip install llama-cpp-python gguf)
 """
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="(default: all installed)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="sequences at once (%(default)s)")
 
 
 def _measure(args: argparse.Namespace) -> "Report":
     import torch
-    from anabranch_kernels.roofline import read_bandwidth
 
     from anabranch.bench.timing import Roofs, best_flops
+    from anabranch_kernels.roofline import read_sweep
 
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(args.threads or before)
-        roofs = Roofs(read=read_bandwidth, flops=best_flops(size=64 if args.quick else 1024))
-        return {"attention": _attention, "linear": _linear, "engine": _engine}[args.kind](args, roofs)
+        roofs = Roofs(
+            read=read_sweep(bytes=1 << 20 if args.quick else 1 << 29), flops=best_flops(size=64 if args.quick else 1024)
+        )
+        if args.kind == "attention":
+            return _attention(args, roofs)
+        return _linear(args, roofs) if args.kind == "linear" else _engine(args, roofs)
     finally:
         torch.set_num_threads(before)
 
@@ -143,3 +148,21 @@ def _linear(args: argparse.Namespace, roofs: "Roofs") -> "Report":
                 samples += measure(case, roofs, repeats=args.repeats)
     title = "A weight [out, in] times M rows"
     return Report(title=title, machine=machine.describe(), samples=tuple(samples))
+
+
+def _engine(args: argparse.Namespace, roofs: "Roofs") -> "Report":
+    import torch
+
+    from anabranch.bench import engine, machine
+    from anabranch.bench.report import Report
+
+    config = engine.TINY if args.quick else engine.LLAMA_315M
+    samples, absent = [], {}
+    for batch in args.batches:
+        load = engine.Load(batch=batch, prompt=24, new_tokens=4) if args.quick else engine.Load(batch=batch)
+        with engine.open_peers(config, args.peers, load, torch.get_num_threads()) as (peers, missing):
+            samples += engine.measure_load(peers, config, load, roofs, repeats=args.repeats)
+            absent |= dict.fromkeys(missing)
+    weights = engine.count_weights(config) / 1e6
+    title = f"Engines on one bfloat16 Llama of {weights:.0f} M random weights"
+    return Report(title=title, machine=machine.describe(), samples=tuple(samples), absent=tuple(absent))

@@ -102,7 +102,7 @@ def draw_roofline(report: Report, path: Path) -> None:
     check_plot_library()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s", title=report.title)
     read = max(sample.read_roof for sample in report.samples)
     flops = max(sample.flops_roof for sample in report.samples)
@@ -117,7 +117,7 @@ def draw_roofline(report: Report, path: Path) -> None:
             "osD^v<>pP*X"[index % 11],
             label=name,
         )
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, dpi=150, format="png")
 
 
