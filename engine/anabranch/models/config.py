@@ -257,16 +257,18 @@ def _read_windows(keys: dict[str, Any], family: str, layers: int) -> tuple[int |
 
 def _refuse_unknown(keys: Mapping[str, Any], family: str) -> None:
     """Refuse what is left of a config.json when it could change the computation."""
-    changed = {
-        name: value
-        for name, value in keys.items()
-        if not (name in _HARMLESS or name.startswith("_") or value in (_NEUTRAL.get(name), None, False, [], {}))
-    }
+    changed = {name: value for name, value in keys.items() if not _changes_nothing(name, value)}
     if changed:
         raise ValueError(
             f"config.json of this {family} model has settings that are not implemented: {changed}; "
             "delete those that do not change what the model computes"
         )
+
+
+def _changes_nothing(name: str, value: Any) -> bool:
+    if name in _NEUTRAL:
+        return value is None or value == _NEUTRAL[name]
+    return name in _HARMLESS or name.startswith("_") or value in (None, False, [], {})
 
 
 def _integer(keys: dict[str, Any], name: str, default: int | None = None) -> int:
