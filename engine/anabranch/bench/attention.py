@@ -16,6 +16,22 @@ from anabranch.bench.timing import Case, Contender
 from anabranch_kernels.attention.op import attention
 from anabranch_kernels.paged_attention.op import paged_attention, store_kv
 
+DECODE = (
+    "anabranch",
+    "anabranch, int8 cache",
+    "anabranch, GQA twin",
+    "torch SDPA, expanded K",
+    "torch SDPA, expanded K, heads as rows",
+    "torch matmul, expanded K",
+)
+PREFILL = (
+    "anabranch, paged",
+    "anabranch, dense",
+    "torch SDPA, K expanded before",
+    "torch SDPA, K and V expanded to Hq before",
+    "torch SDPA, expansion in the clock",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
@@ -71,21 +87,20 @@ def decode(context: int, *, shape: Shape, dtype: torch.dtype, working_set: int) 
     eight_bit = count * shape.cache_bytes(context, 1, scale_bytes=4)
     dense = [dense_heads(layer) for layer in expanded]
 
-    def contender(name: str, step: Callable[[], Tensor], read_bytes: int) -> Contender:
-        return Contender(name=name, step=step, read_bytes=read_bytes, flops=flops)
-
+    steps = (
+        (paged_step(layers, shape.page), own),
+        (paged_step(layers, shape.page, torch.int8), eight_bit),
+        (paged_step(expanded, shape.page), twin),
+        (lambda: each(dense, grouped_sdpa), twin),
+        (lambda: each(dense, folded_sdpa), twin),
+        (lambda: each(dense, plain_matmul), twin),
+    )
     return Case(
         name=f"decode S={context}",
         calls=count,
-        contenders=(
-            contender("anabranch", paged_step(layers, shape.page), own),
-            contender("anabranch, int8 cache", paged_step(layers, shape.page, torch.int8), eight_bit),
-            contender(
-                f"anabranch, GQA twin ({shape.Hq},{shape.Hv},{shape.Hv})", paged_step(expanded, shape.page), twin
-            ),
-            contender("torch SDPA, expanded K", lambda: each(dense, grouped_sdpa), twin),
-            contender("torch SDPA, expanded K, heads as rows", lambda: each(dense, folded_sdpa), twin),
-            contender("torch matmul, expanded K", lambda: each(dense, plain_matmul), twin),
+        contenders=tuple(
+            Contender(name=name, step=step, read_bytes=read_bytes, flops=flops)
+            for name, (step, read_bytes) in zip(DECODE, steps, strict=True)
         ),
     )
 
@@ -103,17 +118,18 @@ def prefill(tokens: int, *, shape: Shape, dtype: torch.dtype) -> Case:
     def expanding() -> Tensor:
         return causal_sdpa(dense_heads(Layer(q=layer.q, k=expand(layer.k, shape.Hv), v=layer.v)))
 
-    def contender(name: str, step: Callable[[], Tensor]) -> Contender:
-        return Contender(name=name, step=step, read_bytes=read_bytes, flops=flops)
-
+    steps = (
+        paged_step([layer], shape.page),
+        lambda: attention(layer.q[None], layer.k[None], layer.v[None]),
+        lambda: causal_sdpa(grouped),
+        lambda: causal_sdpa(repeated),
+        expanding,
+    )
     return Case(
         name=f"prefill T={tokens}",
-        contenders=(
-            contender("anabranch, paged", paged_step([layer], shape.page)),
-            contender("anabranch, dense", lambda: attention(layer.q[None], layer.k[None], layer.v[None])),
-            contender("torch SDPA, K expanded before", lambda: causal_sdpa(grouped)),
-            contender("torch SDPA, K and V expanded to Hq before", lambda: causal_sdpa(repeated)),
-            contender("torch SDPA, expansion in the clock", expanding),
+        contenders=tuple(
+            Contender(name=name, step=step, read_bytes=read_bytes, flops=flops)
+            for name, step in zip(PREFILL, steps, strict=True)
         ),
     )
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from anabranch.bench.report import Report
-    from anabranch.bench.timing import Roofs
+    from anabranch.bench.timing import Roofs, Sample
 
 DTYPES = ("bfloat16", "float16", "float32")
 PEERS = ("transformers", "llama.cpp")
@@ -101,9 +101,8 @@ def _measure(args: argparse.Namespace) -> "Report":
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(args.threads or before)
-        roofs = Roofs(
-            read=read_sweep(bytes=1 << 20 if args.quick else 1 << 29), flops=best_flops(size=64 if args.quick else 1024)
-        )
+        read = read_sweep(bytes=1 << 20 if args.quick else 1 << 29)
+        roofs = Roofs(read=read, flops=best_flops(size=64 if args.quick else 1024))
         if args.kind == "attention":
             return _attention(args, roofs)
         return _linear(args, roofs) if args.kind == "linear" else _engine(args, roofs)
@@ -157,7 +156,8 @@ def _engine(args: argparse.Namespace, roofs: "Roofs") -> "Report":
     from anabranch.bench.report import Report
 
     config = engine.TINY if args.quick else engine.LLAMA_315M
-    samples, absent = [], {}
+    samples: list[Sample] = []
+    absent: dict[str, None] = {}
     for batch in args.batches:
         load = engine.Load(batch=batch, prompt=24, new_tokens=4) if args.quick else engine.Load(batch=batch)
         with engine.open_peers(config, args.peers, load, torch.get_num_threads()) as (peers, missing):

@@ -45,7 +45,7 @@ class Load:
 
 
 def save_random_model(config: ModelConfig, folder: Path, *, seed: int = 0) -> None:
-    """A bfloat16 model folder with weights as at the start of training; embeddings large enough to tell tokens apart."""
+    """A bfloat16 model folder; weights as before training, only larger, so that tokens differ in probability."""
     random = torch.Generator().manual_seed(seed)
     save_model(Transformer(config).initialise(random, std=0.05).bfloat16(), folder)
 
@@ -63,7 +63,9 @@ def measure_load(peers: Sequence[Peer], config: ModelConfig, load: Load, roofs: 
     for phase in ("prefill", "decode"):
         for peer, times in zip(peers, results, strict=True):
             seconds = [seconds_of(phase, result, load) for result in times if isinstance(result, Times)]
-            samples.append(make_sample(phase, peer.name, seconds, config, load, read_roof, roofs.flops))
+            samples.append(
+                make_sample(phase, peer.name, seconds, config, load, read_roof=read_roof, flops_roof=roofs.flops)
+            )
     return samples
 
 
@@ -102,6 +104,7 @@ def make_sample(
     seconds: Sequence[float],
     config: ModelConfig,
     load: Load,
+    *,
     read_roof: float,
     flops_roof: float,
 ) -> Sample:

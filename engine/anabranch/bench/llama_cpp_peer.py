@@ -1,4 +1,4 @@
-"""llama.cpp as a peer, through llama-cpp-python's plain C calls: the same weights in a GGUF file, greedy, no sampler."""
+"""llama.cpp as a peer, through llama-cpp-python's plain C calls: the same weights in a GGUF file, without a sampler."""
 
 import ctypes
 import time
@@ -80,7 +80,7 @@ def interleave_rotary(weight: Tensor, width: int) -> Tensor:
 
 
 class LlamaCppPeer:
-    """llama.cpp on a GGUF file, with room for `batch` sequences of `length` tokens. Close it: the memory is not Python's."""
+    """llama.cpp on a GGUF file, with room for `batch` sequences of `length` tokens. It must be closed."""
 
     name = "llama.cpp"
 

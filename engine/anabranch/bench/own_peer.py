@@ -23,7 +23,7 @@ class OwnPeer:
         """Logarithms of the probabilities of every token after `prompt`: [vocab_size]."""
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=-1, ignore_eos=True)
         (request,) = self.llm.generate([list(prompt)], params, use_tqdm=False)
-        (position,) = request.outputs[0].logprobs or ()
+        position = (request.outputs[0].logprobs or [{}])[0]
         return torch.tensor([position[token].logprob for token in range(len(position))])
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Times:
