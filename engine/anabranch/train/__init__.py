@@ -1,0 +1,1 @@
+"""Small, resumable training of byte-level DiffQKV models."""
