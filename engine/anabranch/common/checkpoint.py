@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,7 +31,7 @@ class Checkpoint:
         self.shapes: dict[str, list[int]] = {}
         self.dtypes: dict[str, str] = {}
         for path in _safetensors_files(self.folder):
-            file = safe_open(path, framework="pt")
+            file = _open(path)
             for name in file.keys():  # noqa: SIM118  (not a dict: it has no __iter__)
                 part = file.get_slice(name)
                 self._files[name], self.shapes[name], self.dtypes[name] = file, part.get_shape(), part.get_dtype()
@@ -75,7 +75,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
-        shards = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        shards = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise ValueError(f"{folder / INDEX} names shards that are not there: {missing}")
@@ -87,3 +87,10 @@ def _safetensors_files(folder: Path) -> list[Path]:
             "only safetensors are loaded: convert them with transformers' save_pretrained"
         )
     raise ValueError(f"{folder} has no weights; expected {SINGLE} or {INDEX} with its shards")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}; it is cut short or not a safetensors file") from error

@@ -15,6 +15,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         temporary.chmod(0o644)  # mkstemp makes files private
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # a name must not reach the disk before the bytes it stands for
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
