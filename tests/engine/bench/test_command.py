@@ -1,0 +1,43 @@
+"""`anabranch bench` runs each kind, writes what it is asked for, and refuses before it measures."""
+
+import json
+
+import pytest
+import torch
+
+from anabranch.cli import main
+
+
+@pytest.mark.parametrize("kind", [["attention"], ["linear", "--rows", "1", "3"], ["engine", "--peers", "transformers"]])
+def test_a_quick_run_prints_a_table_and_writes_files(kind, tmp_path, capsys):
+    files = {name: tmp_path / f"table.{name}" for name in ("json", "markdown", "plot")}
+    options = [part for name, path in files.items() for part in (f"--{name}", str(path))]
+    assert main(["bench", *kind, "--quick", *options]) == 0
+    samples = json.loads(files["json"].read_text())["samples"]
+    printed = capsys.readouterr().out
+    assert {sample["contender"] for sample in samples} >= {"anabranch"} or kind == ["attention"]
+    assert all(sample["contender"] in printed for sample in samples)
+    assert all(len(sample["seconds"]) == 3 for sample in samples)
+    assert all(path.stat().st_size > 0 for path in files.values())
+
+
+def test_threads_are_set_for_the_run_only(tmp_path):
+    before = torch.get_num_threads()
+    path = tmp_path / "table.json"
+    assert main(["bench", "linear", "--quick", "--rows", "1", "--threads", "1", "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["machine"]["threads"] == 1
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--repeats", "0"], "--repeats and --threads must be at least 1, got 0"),
+        (["--json", "nowhere/table.json"], "there is no folder nowhere"),
+        (["--heads", "32", "4", "5"], "Hq must be a multiple of Hv"),
+    ],
+)
+def test_bad_options_end_with_one_line(options, message, capsys):
+    assert main(["bench", "attention", *options]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
