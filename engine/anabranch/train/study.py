@@ -47,6 +47,7 @@ def settings_for(variant: Variant, seed: int, runs: Path, *, steps: int) -> LMSe
     """The run of one variant and seed: no augmented query, so that nothing but the head counts differs."""
     return LMSettings(
         out=runs / f"{variant.name}-seed{seed}",
+        held_out=0.02,
         hidden_size=128,
         ffn_size=256,
         layers=2,
@@ -56,7 +57,7 @@ def settings_for(variant: Variant, seed: int, runs: Path, *, steps: int) -> LMSe
         head_dim=16,
         q_intermediate_size=None,
         context=256,
-        batch=4,
+        batch=2,
         steps=steps,
         warmup=max(1, steps // 20),
         lr=2e-3,
@@ -198,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True, help="figures go here")
     parser.add_argument("--report", type=Path, required=True, help="Markdown page whose tables are replaced")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--steps", type=int, default=1200, help="steps of each run (default: 1200)")
+    parser.add_argument("--steps", type=int, default=1400, help="steps of each run (default: 1400)")
     parser.add_argument("--threads", type=int, default=1, help="threads torch computes with (default: 1)")
     args = parser.parse_args(argv)
 
