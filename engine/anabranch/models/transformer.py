@@ -56,8 +56,9 @@ class Block(nn.Module):
         matrix = partial(Linear, dtype=dtype, device=device)
         vector = partial(torch.empty, dtype=dtype, device=device)
         self.attention_norm = nn.Parameter(vector(hidden))
-        qkv_width = config.q_width + config.k_width + config.v_width
-        self.qkv = matrix(hidden, qkv_width, bias=config.qkv_bias)
+        self.split_qkv = (config.q_width + config.k_width, config.v_width)
+        self.split_heads = (config.q_heads, config.k_heads)
+        self.qkv = matrix(hidden, sum(self.split_qkv), bias=config.qkv_bias)
         if config.q_intermediate_size is not None:
             self.augq_gate_up = matrix(config.q_width, 2 * config.q_intermediate_size, bias=False)
             self.augq_down = matrix(config.q_intermediate_size, config.q_width, bias=False)
@@ -78,20 +79,20 @@ class Block(nn.Module):
 
     def project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h [T, hidden] -> q [T, Hq, Dk] and k [T, Hk, Dk] turned to their positions, v [T, Hv, Dv]."""
-        c = self.config
-        qk, v = self.qkv(h).split((c.q_width + c.k_width, c.v_width), -1)
+        c, T = self.config, h.shape[0]
+        qk, v = self.qkv(h).split_with_sizes(self.split_qkv, -1)
         if c.q_intermediate_size is not None:
             qk = self.augment(qk)
-        heads = qk.unflatten(-1, (c.q_heads + c.k_heads, c.k_dim))
+        heads = qk.view(T, c.q_heads + c.k_heads, c.k_dim)
         if c.qk_norm:
-            q, k = heads.split((c.q_heads, c.k_heads), 1)
+            q, k = heads.split_with_sizes(self.split_heads, 1)
             heads = torch.cat([rms_norm(q, self.q_norm, c.norm_eps), rms_norm(k, self.k_norm, c.norm_eps)], 1)
-        q, k = rotate(heads, cos, sin).split((c.q_heads, c.k_heads), 1)
-        return q, k, v.unflatten(-1, (c.v_heads, c.v_dim))
+        q, k = rotate(heads, cos, sin).split_with_sizes(self.split_heads, 1)
+        return q, k, v.view(T, c.v_heads, c.v_dim)
 
     def augment(self, qk: Tensor) -> Tensor:
         """Replace q0 of [q0 | k] by its gated MLP: the augmented query of Sigma, arXiv 2501.13629."""
-        q0, k = qk.split((self.config.q_width, self.config.k_width), -1)
+        q0, k = qk.split_with_sizes((self.config.q_width, self.config.k_width), -1)
         q = self.augq_down(silu_mul(self.augq_gate_up(q0)))
         return torch.cat([q0 + q if self.config.augq_residual else q, k], -1)
 
