@@ -59,6 +59,7 @@ HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option for each field of LMSettings, and torch's threads."""
+    parser.epilog = (__doc__ or "").partition("\n\n")[2]
     parser.add_argument(
         "text",
         nargs="*",
