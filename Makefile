@@ -35,9 +35,10 @@ help:
 $(READY): $(SOURCES)
 	@test -n "$(PYTHON)" || { echo "anabranch needs Python 3.11 or newer; none found on PATH (say where: make PYTHON=/path/to/python3)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "anabranch needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
-	@command -v $(CXX) >/dev/null || { echo "anabranch needs a C++17 compiler; no '$(CXX)' on PATH (Debian, Ubuntu: apt install g++; or make CXX=clang++)" >&2; exit 1; }
+	@command -v $(CXX) >/dev/null || { echo "anabranch needs a C++17 compiler; no '$(CXX)' on PATH (Debian, Ubuntu: apt install g++; or: make CC=clang CXX=clang++)" >&2; exit 1; }
 	@$(PYTHON) -c 'import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "anabranch needs Python's C headers; Python.h is missing (Debian, Ubuntu: apt install python3-dev)" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "could not make .venv (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "setting up .venv: torch, then the rest, then the C++ kernels; some minutes, once"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt 'setuptools>=77' 'pybind11>=3.0' ninja
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test]'

@@ -1,10 +1,4 @@
-"""measure kernels and the engine beside their peers, and print a table
-
-examples:
-  anabranch bench attention --quick
-  anabranch bench linear --rows 1 8 --json linear.json
-  anabranch bench engine --help
-"""
+"""`anabranch bench attention|linear|engine`: measure, print the table, write what was asked for."""
 
 import argparse
 from pathlib import Path
@@ -16,10 +10,16 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 PEERS = ("transformers", "llama.cpp")
+EXAMPLES = """examples:
+  anabranch bench attention --quick
+  anabranch bench linear --rows 1 8 --json linear.json
+  anabranch bench engine --help
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One sub-subcommand for each kind of benchmark."""
+    parser.epilog = EXAMPLES
     kinds = parser.add_subparsers(title="benchmarks", dest="kind", metavar="KIND", required=True)
     _add_attention(_add_kind(kinds, "attention", "decode and prefill of unequal heads beside the GQA twin and torch"))
     _add_linear(_add_kind(kinds, "linear", "skinny_linear beside torch's linear"))

@@ -145,7 +145,7 @@ def open_peers(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="anabranch-bench-")))
         save_random_model(config, folder)
-        peers: list[Peer] = [OwnPeer(folder, length=load.prompt + load.new_tokens)]
+        peers: list[Peer] = [OwnPeer(folder, batch=load.batch, length=load.prompt + load.new_tokens)]
         absent = []
         if "transformers" in wanted:
             peers.append(TransformersPeer(folder))

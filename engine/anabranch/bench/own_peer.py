@@ -12,12 +12,12 @@ from anabranch.bench.peer import Times
 
 
 class OwnPeer:
-    """An LLM that has room for sequences of `length` tokens."""
+    """An LLM with room for `batch` sequences of `length` tokens."""
 
     name = "anabranch"
 
-    def __init__(self, folder: Path, *, length: int) -> None:
-        self.llm = LLM(str(folder), dtype="bfloat16", device="cpu", max_model_len=length)
+    def __init__(self, folder: Path, *, batch: int, length: int) -> None:
+        self.llm = LLM(folder, dtype="bfloat16", device="cpu", max_model_len=length, max_num_seqs=batch)
 
     def logprobs(self, prompt: Sequence[int]) -> Tensor:
         """Logarithms of the probabilities of every token after `prompt`: [vocab_size]."""
@@ -27,10 +27,17 @@ class OwnPeer:
         return torch.tensor([position[token].logprob for token in range(len(position))])
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Times:
-        """Seconds until every prompt had its first new token, and for the steps after it."""
-        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        """Seconds until every prompt had its first new token, and for the steps after it.
+
+        Two calls: were it one, the first sequences would decode while the last prompts are still read. The second finds
+        the prompts in the prefix cache, so all sequences start together.
+        """
+        inputs = [list(prompt) for prompt in prompts]
+        first = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         start = time.perf_counter()
-        requests = self.llm.generate([list(prompt) for prompt in prompts], params, use_tqdm=False)
+        self.llm.generate(inputs, first, use_tqdm=False)
+        prefill_s = time.perf_counter() - start
+        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        requests = self.llm.generate(inputs, params, use_tqdm=False)
         end = time.perf_counter()
-        prefilled = max(request.metrics.first_token_s or end for request in requests)
-        return Times(prefill_s=prefilled - start, decode_s=end - prefilled)
+        return Times(prefill_s=prefill_s, decode_s=end - max(one.metrics.first_token_s or end for one in requests))
