@@ -81,7 +81,7 @@ def test_one_seed_claims_nothing(runs):
 
 
 def test_only_seeds_that_all_variants_finished_are_compared(runs):
-    path = runs / "fewer-v-seed1" / "training.json"
+    path = runs / "5-steps" / "fewer-v-seed1" / "training.json"
     write_json(path, {**read_json(path), "stopped": "time limit"})
     assert study.collect(runs, [0, 1, 2], 5)["seeds"] == [0, 2]
     with pytest.raises(ValueError, match=r"no seed of \[1\]"):
@@ -89,7 +89,7 @@ def test_only_seeds_that_all_variants_finished_are_compared(runs):
 
 
 def test_runs_on_different_texts_are_not_compared(runs):
-    path = runs / "equal-seed2" / "training.json"
+    path = runs / "5-steps" / "equal-seed2" / "training.json"
     write_json(path, {**read_json(path), "corpus": {"sha256": "other"}})
     with pytest.raises(ValueError, match="different texts"):
         study.collect(runs, [0, 1, 2], 5)
@@ -98,16 +98,16 @@ def test_runs_on_different_texts_are_not_compared(runs):
 def test_the_tables_replace_what_is_between_the_marks(runs, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{study.BEGIN}\nstale\n{study.END}\nafter\n")
-    figures = study.collect(runs, [0, 1, 2], 5)
-    study.write_report(page, figures)
-    study.write_report(page, figures)
+    studies = [study.collect(runs, [0, 1, 2], 5)]
+    study.write_report(page, studies)
+    study.write_report(page, studies)
     text = page.read_text()
-    assert text.startswith(f"before\n{study.BEGIN}\n| |")
+    assert text.startswith(f"before\n{study.BEGIN}\n### 5 steps, 0.00 million bytes per run\n")
     assert text.endswith(f"{study.END}\nafter\n")
     assert "stale" not in text
     page.write_text("no marks")
     with pytest.raises(ValueError, match="must hold the lines"):
-        study.write_report(page, figures)
+        study.write_report(page, studies)
 
 
 def test_the_command_trains_what_is_missing_and_goes_on(tmp_path, monkeypatch, capsys):
@@ -126,10 +126,10 @@ def test_the_command_trains_what_is_missing_and_goes_on(tmp_path, monkeypatch, c
     assert study.main(arguments) == 0
     first = read_json(names["json"])
     assert capsys.readouterr().out.count(", seed ") == 6
-    (tmp_path / "runs" / "equal-seed1" / "training.json").unlink()
+    (tmp_path / "runs" / "2-steps" / "equal-seed1" / "training.json").unlink()
     assert study.main(arguments) == 0
-    assert "equal, seed 1" in capsys.readouterr().out
-    assert [v["bits_per_byte"] for v in read_json(names["json"])["variants"]] == [
-        v["bits_per_byte"] for v in first["variants"]
-    ]
+    assert "equal, seed 1, 2 steps" in capsys.readouterr().out
+    again = read_json(names["json"])
+    bits = [[v["bits_per_byte"] for v in figures["studies"][0]["variants"]] for figures in (first, again)]
+    assert bits[0] == bits[1]
     assert study.BEGIN in names["report"].read_text()
