@@ -28,7 +28,7 @@ struct Kernels {
   int64_t (*linear_scratch_floats)(const LinearCall&);
   void (*linear_pack)(const LinearCall&, float* packed);
   void (*linear_rows)(const LinearCall&, const float* packed, int64_t row_begin, int64_t row_end);
-  uint64_t (*read)(const void* data, int64_t bytes);
+  float (*read)(const void* data, int64_t bytes);
 };
 
 const Kernels& kernels_for(Isa isa);

@@ -68,42 +68,57 @@ class LinearKernel {
   template <class T, bool pairs, int R, int C>
   void block(const float* x, int64_t row, int m) const {
     constexpr int step = pairs ? 2 * W : W;  // elements of the weight in one vector
-    const T* weight[R];
-    for (int r = 0; r < R; ++r) weight[r] = static_cast<const T*>(c_.weight) + (row + r) * c_.weight_row;
+    const T* weight = static_cast<const T*>(c_.weight) + row * c_.weight_row;
     F sum[R][C];
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) sum[r][c] = S::zero();
-    int k = 0;
-    for (; k + step <= c_.in; k += step) {
-      // The block of rows after this one begins where this one ends: ask for it while this one is multiplied.
-      if (m == 0 && (k * sizeof(T)) % 64 == 0)
-        for (int r = 0; r < R; ++r) S::prefetch(reinterpret_cast<const char*>(weight[r] + R * c_.weight_row + k));
-      for (int r = 0; r < R; ++r) {
-        F w;
-        if constexpr (pairs)
-          w = S::load(reinterpret_cast<const float*>(weight[r] + k));
-        else
-          w = S::widen(weight[r] + k);
-        multiply_add<pairs, C>(w, x + k * W / step, sum[r]);
-      }
-    }
-    if (k < c_.in)
+    const int whole = c_.in / step;
+    // The rows after these begin where these end: the first pass over these asks for them.
+    if (m == 0)
+      dot<T, pairs, R, C, true>(weight, x, whole, sum);
+    else
+      dot<T, pairs, R, C, false>(weight, x, whole, sum);
+    if (whole * step < c_.in)
       for (int r = 0; r < R; ++r) {
         T some[step] = {};
-        std::memcpy(some, weight[r] + k, (c_.in - k) * sizeof(T));
-        F w;
-        if constexpr (pairs)
-          w = S::load(reinterpret_cast<const float*>(some));
-        else
-          w = S::widen(some);
-        multiply_add<pairs, C>(w, x + k * W / step, sum[r]);
+        std::memcpy(some, weight + r * c_.weight_row + whole * step, (c_.in - whole * step) * sizeof(T));
+        multiply_add<pairs, C>(vector<pairs>(some), x + whole * W, sum[r]);
       }
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) write(S::sum(sum[r][c]), m + c, row + r);
   }
 
+  // Not inlined: no call may stand in the function of the hot loop, or the compiler keeps its sums in memory.
+  template <class T, bool pairs, int R, int C, bool ahead>
+  [[gnu::noinline]] void dot(const T* weight, const float* x, int steps, F (&to)[R][C]) const {
+    constexpr int step = pairs ? 2 * W : W;
+    const int64_t stride = c_.weight_row;
+    F sum[R][C];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) sum[r][c] = S::zero();
+    for (; steps > 0; --steps, weight += step, x += W)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        if constexpr (ahead) S::prefetch(reinterpret_cast<const char*>(weight + (R + r) * stride));
+        multiply_add<pairs, C>(vector<pairs>(weight + r * stride), x, sum[r]);
+      }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) to[r][c] = sum[r][c];
+  }
+
+  template <bool pairs, class T>
+  static F vector(const T* weight) {
+    if constexpr (pairs)
+      return S::load(reinterpret_cast<const float*>(weight));
+    else
+      return S::widen(weight);
+  }
+
   template <bool pairs, int C>
   void multiply_add(F w, const float* x, F (&sum)[C]) const {
+#pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
       const F factor = S::load(x + int64_t{c} * width_);
       if constexpr (pairs)

@@ -59,25 +59,34 @@ struct Avx2 {
   static F widen(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
+  // Lanes hold pairs of bfloat16, the first in the lower half.
+  static F first_of_pairs(F a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 16)); }
+  static F second_of_pairs(F a) {
+    return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
   static void transpose(F (&r)[W]) {
     F t[W];
+#pragma GCC unroll 16
     for (int i = 0; i < W; i += 2) {
       t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
       t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < W; i += 4) {
       r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
       r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
       r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
       r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 4; ++i) {
       t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
       t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < W; ++i) r[i] = t[i];
   }
-  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
+  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 };
 
 }  // namespace

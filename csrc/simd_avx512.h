@@ -50,18 +50,26 @@ struct Avx512 {
   static F widen(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
+  // Lanes hold pairs of bfloat16, the first in the lower half.
+  static F first_of_pairs(F a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 16)); }
+  static F second_of_pairs(F a) {
+    return _mm512_and_ps(a, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
   static void transpose(F (&r)[W]) {
     F t[W];
+#pragma GCC unroll 16
     for (int i = 0; i < W; i += 2) {
       t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
       t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < W; i += 4) {
       r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
       r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
       r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
       r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 4; ++i) {  // r[4g + i] holds columns i, i+4, i+8, i+12 of rows 4g..4g+3, one per 128 bits
       const F a = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
       const F c = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd), d = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
@@ -70,9 +78,10 @@ struct Avx512 {
       t[4 + i] = _mm512_shuffle_f32x4(c, d, 0x88);
       t[12 + i] = _mm512_shuffle_f32x4(c, d, 0xdd);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < W; ++i) r[i] = t[i];
   }
-  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
+  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 };
 
 // Lanes of an F hold pairs of bfloat16; dot2 adds both products to a float32 lane. Native or spelt out.
@@ -84,10 +93,8 @@ struct Avx512Pairs : Avx512 {
 #if defined(ANABRANCH_NATIVE_BF16)
     if constexpr (native) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
 #endif
-    const __m512i ai = _mm512_castps_si512(a), bi = _mm512_castps_si512(b);
-    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-    c = fma(_mm512_castsi512_ps(_mm512_slli_epi32(ai, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(bi, 16)), c);
-    return fma(_mm512_castsi512_ps(_mm512_and_si512(ai, high)), _mm512_castsi512_ps(_mm512_and_si512(bi, high)), c);
+    c = fma(first_of_pairs(a), first_of_pairs(b), c);
+    return fma(second_of_pairs(a), second_of_pairs(b), c);
   }
   // Thirty-two floats to pairs (x0, x1), (x2, x3), …; rounds to the nearest, ties to even.
   static F round_to_pairs(F low, F high) {

@@ -61,6 +61,15 @@ struct Generic {
     for (int i = 0; i < W; ++i) r.lane[i] = to_float(p[i]);
     return r;
   }
+  // Lanes hold pairs of bfloat16, the first in the lower half.
+  static F first_of_pairs(F a) {
+    for (int i = 0; i < W; ++i) a.lane[i] = bits_to_float(float_to_bits(a.lane[i]) << 16);
+    return a;
+  }
+  static F second_of_pairs(F a) {
+    for (int i = 0; i < W; ++i) a.lane[i] = bits_to_float(float_to_bits(a.lane[i]) & 0xffff0000u);
+    return a;
+  }
   static void transpose(F (&rows)[W]) {
     for (int i = 0; i < W; ++i)
       for (int j = 0; j < i; ++j) {
@@ -69,7 +78,7 @@ struct Generic {
         rows[j].lane[i] = t;
       }
   }
-  static void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+  static void prefetch(const char* p) { __builtin_prefetch(p); }
 };
 
 }  // namespace
