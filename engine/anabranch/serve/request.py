@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 GREEDY_BELOW = 1e-5  # temperatures below this take the most probable token
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +69,7 @@ class SamplingParams:
         biases = dict(self.logit_bias or {})
         _check(all(map(math.isfinite, biases.values())), "logit_bias", biases, "a mapping to finite numbers")
         _check(self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids", [], "not empty")
+        _check(self.seed is None or -(2**62) <= self.seed < 2**62, "seed", self.seed, "in [-2**62, 2**62), or None")
         _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1, or None")
         limit = math.inf if self.max_tokens is None else self.max_tokens
         _check(0 <= self.min_tokens <= limit, "min_tokens", self.min_tokens, f"in [0, max_tokens={self.max_tokens}]")
@@ -108,16 +109,19 @@ class CompletionOutput:
     """One sample of a request; in a stream, what is new in it."""
 
     index: int
-    text: str
     token_ids: list[int]
+    decoded: str | None  # None when there is no tokenizer
     cumulative_logprob: float | None = None  # of all tokens so far; None unless logprobs were asked for
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token or text that ended it; None for the model's own end token
 
     @property
-    def finished(self) -> bool:
-        return self.finish_reason is not None
+    def text(self) -> str:
+        """The tokens as text; ValueError if the model has no tokenizer."""
+        if self.decoded is None:
+            raise ValueError("the model folder has no tokenizer, so there is no text; use token_ids")
+        return self.decoded
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,7 +142,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    metrics: RequestMetrics
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # the first position has none: nothing precedes it
-    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache, first sample
-    metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(arrival_s=0.0))
+    num_cached_tokens: int = 0  # of the first sample's prompt, found in the prefix cache
     error: str | None = None

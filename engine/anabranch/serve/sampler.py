@@ -46,19 +46,22 @@ class Seen:
 class Draw:
     """One sample's rules and state: its generator, what it has seen, how many tokens it has."""
 
-    __slots__ = ("_generator", "_uniforms", "params", "produced", "seen", "stop_ids")
+    __slots__ = ("_generator", "_seed", "_uniforms", "params", "produced", "seen", "stop_ids")
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], stop_ids: Sequence[int], seed: int) -> None:
         self.params = params
         self.stop_ids = list(stop_ids)
         self.produced = 0
         self.seen = Seen(prompt) if _penalised(params) else None
-        self._generator = None if params.greedy else torch.Generator().manual_seed(seed)
+        self._seed = seed
+        self._generator: torch.Generator | None = None  # 5 KB each: not made for requests that only wait
         self._uniforms: list[float] = []
 
     def uniform(self) -> float:
         """The generator's next number in [0, 1), float64."""
         if not self._uniforms:
+            if self._generator is None:
+                self._generator = torch.Generator().manual_seed(self._seed)
             block = torch.rand(UNIFORMS, dtype=torch.float64, generator=self._generator)
             self._uniforms = block.tolist()[::-1]
         return self._uniforms.pop()

@@ -1,0 +1,70 @@
+"""How much memory the cache may take, and what that comes to in blocks."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from anabranch.models.config import ModelConfig
+from anabranch.serve.runner import cache_bytes_per_token
+
+FREE_SHARE = {"cpu": 0.5, "cuda": 0.85}  # of the free memory; the rest is for activations and for others
+
+
+def size_cache(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    block_size: int,
+    max_num_seqs: int,
+    max_model_len: int | None,
+    cache_bytes: int | None,
+    device: torch.device,
+) -> tuple[int, int]:
+    """(number of blocks, max_model_len) of an engine.
+
+    A length that was not asked for gives way to a small cache; ValueError if one that was does not fit, or is more than
+    the model's positions.
+    """
+    if max_model_len is not None and not 2 <= max_model_len <= config.max_position:
+        raise ValueError(f"max_model_len must be in [2, {config.max_position}] for this model, got {max_model_len}")
+    block_bytes = block_size * cache_bytes_per_token(config, dtype)
+    budget = cache_bytes
+    if budget is None:
+        budget = int(free_bytes(device) * FREE_SHARE.get(device.type, 0.5))
+    length = max_model_len or config.max_position
+    useful = max_num_seqs * -(-length // block_size)
+    num_blocks = min(budget // block_bytes, useful)
+    least = 2 if max_model_len is None else max_model_len
+    if num_blocks * block_size < least:
+        raise ValueError(
+            f"{budget} bytes of cache hold {num_blocks} blocks of {block_size} tokens at {block_bytes} bytes each; one "
+            f"sequence of {least} tokens needs {-(-least // block_size)}: raise cache_bytes or lower max_model_len"
+        )
+    return num_blocks, min(length, num_blocks * block_size)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be taken now: on the CPU what the system, and its control group if there is one, still grant."""
+    if device.type != "cpu":
+        free, _ = torch.get_device_module(device).mem_get_info(device)
+        return int(free)
+    return min(_system_bytes(), _group_bytes(Path("/sys/fs/cgroup")))
+
+
+def _system_bytes() -> int:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # other systems do not say what is free
+
+
+def _group_bytes(group: Path) -> int:
+    """What a container's limit leaves (cgroup v2); no limit counts as a very large one."""
+    try:
+        limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+    except OSError:
+        return 1 << 62
+    return (1 << 62) if limit.strip() == "max" else max(0, int(limit) - int(used))
