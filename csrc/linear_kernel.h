@@ -1,10 +1,12 @@
 // Rows of a skinny linear layer, for any instruction set S (simd_*.h).
 //
-// x is converted once and padded with zeros to whole vectors. Four rows of the weight meet four rows of x at a time:
-// each weight vector is loaded and widened once for four products; more rows of x pass over the same four weight rows
-// while these are in the cache. Where S multiplies pairs of bfloat16, bfloat16 weights are used as they lie.
+// x is converted once and padded with zeros to whole vectors. Four rows of the weight meet four rows of x at a time, so
+// that each weight vector is loaded and widened once for four products. With more than four rows of x the work goes
+// block by block along the inputs: a block of sixteen weight rows stays in the first cache while all rows of x pass.
+// Where S multiplies pairs of bfloat16, bfloat16 weights are used as they lie.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "attention_kernel.h"
@@ -16,7 +18,8 @@ template <class S>
 class LinearKernel {
   using F = typename S::F;
   static constexpr int W = S::W;
-  static constexpr int kRows = 4, kColumns = 4;
+  static constexpr int kRows = 4, kColumns = 4;            // of a register block
+  static constexpr int kBlockRows = 16, kBlockInputs = 512;  // of a cache block
 
  public:
   explicit LinearKernel(const LinearCall& call)
@@ -52,60 +55,96 @@ class LinearKernel {
  private:
   template <class T, bool pairs>
   void all_rows(const float* packed, int64_t begin, int64_t end) const {
-    for (; begin + kRows <= end; begin += kRows) columns<T, pairs, kRows>(packed, begin);
-    for (; begin < end; ++begin) columns<T, pairs, 1>(packed, begin);
-  }
-
-  template <class T, bool pairs, int R>
-  void columns(const float* packed, int64_t row) const {
-    int m = 0;
-    for (; m + kColumns <= c_.M; m += kColumns) block<T, pairs, R, kColumns>(packed + int64_t{m} * width_, row, m);
-    if (c_.M - m == 3) block<T, pairs, R, 3>(packed + int64_t{m} * width_, row, m);
-    if (c_.M - m == 2) block<T, pairs, R, 2>(packed + int64_t{m} * width_, row, m);
-    if (c_.M - m == 1) block<T, pairs, R, 1>(packed + int64_t{m} * width_, row, m);
-  }
-
-  template <class T, bool pairs, int R, int C>
-  void block(const float* x, int64_t row, int m) const {
     constexpr int step = pairs ? 2 * W : W;  // elements of the weight in one vector
-    const T* weight = static_cast<const T*>(c_.weight) + row * c_.weight_row;
-    F sum[R][C];
-    const int whole = c_.in / step;
-    // The rows after these begin where these end: the first pass over these asks for them.
-    if (m == 0)
-      dot<T, pairs, R, C, true>(weight, x, whole, sum);
-    else
-      dot<T, pairs, R, C, false>(weight, x, whole, sum);
-    if (whole * step < c_.in)
-      for (int r = 0; r < R; ++r) {
-        T some[step] = {};
-        std::memcpy(some, weight + r * c_.weight_row + whole * step, (c_.in - whole * step) * sizeof(T));
-        multiply_add<pairs, C>(vector<pairs>(some), x + whole * W, sum[r]);
+    const int passes = (c_.M + kColumns - 1) / kColumns, whole = c_.in / step;
+    const int depth = passes == 1 ? whole : std::min(whole, kBlockInputs / step);  // steps of a block
+    F sum[kBlockRows][kMostRows];
+    for (int64_t row = begin; row < end; row += kBlockRows) {
+      const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, end - row));
+      const T* weight = static_cast<const T*>(c_.weight) + row * c_.weight_row;
+      for (int r = 0; r < rows; ++r)
+        for (int m = 0; m < c_.M; ++m) sum[r][m] = S::zero();
+      for (int at = 0; at < whole; at += depth) {
+        const int steps = std::min(depth, whole - at);
+        // What is needed after this block: further along these rows, or the beginning of the rows behind them.
+        const T* ahead = passes == 1            ? weight + kRows * c_.weight_row
+                         : at + depth < whole ? weight + (at + depth) * step
+                                              : weight + kBlockRows * c_.weight_row;
+        for (int pass = 0; pass < passes; ++pass)
+          columns<T, pairs>({weight + at * step, ahead, packed + int64_t{pass} * kColumns * width_ + at * W, steps,
+                             passes, pass},
+                            rows, &sum[0][pass * kColumns], std::min(kColumns, c_.M - pass * kColumns));
       }
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) write(S::sum(sum[r][c]), m + c, row + r);
+      if (whole * step < c_.in) add_rest<T, pairs>(weight + whole * step, packed + whole * W, rows, sum);
+      for (int r = 0; r < rows; ++r)
+        for (int m = 0; m < c_.M; ++m) write(S::sum(sum[r][m]), m, row + r);
+    }
+  }
+
+  // One pass of some rows of x over a block of the weight; of `ahead` it asks for every `passes`-th cache line.
+  template <class T>
+  struct Pass {
+    const T *weight, *ahead;
+    const float* x;
+    int steps, passes, pass;
+  };
+
+  template <class T, bool pairs>
+  void columns(Pass<T> p, int rows, F* sum, int C) const {
+    switch (C) {
+      case 4: return some_rows<T, pairs, 4>(p, rows, sum);
+      case 3: return some_rows<T, pairs, 3>(p, rows, sum);
+      case 2: return some_rows<T, pairs, 2>(p, rows, sum);
+      default: return some_rows<T, pairs, 1>(p, rows, sum);
+    }
+  }
+
+  template <class T, bool pairs, int C>
+  void some_rows(Pass<T> p, int rows, F* sum) const {
+    const auto next = [&](int n) {
+      p.weight += n * c_.weight_row, p.ahead += n * c_.weight_row, sum += n * kMostRows, rows -= n;
+    };
+    for (; rows >= kRows; next(kRows)) dot<T, pairs, kRows, C>(p, sum);
+    for (; rows > 0; next(1)) dot<T, pairs, 1, C>(p, sum);
   }
 
   // Not inlined: no call may stand in the function of the hot loop, or the compiler keeps its sums in memory.
-  template <class T, bool pairs, int R, int C, bool ahead>
-  [[gnu::noinline]] void dot(const T* weight, const float* x, int steps, F (&to)[R][C]) const {
+  template <class T, bool pairs, int R, int C>
+  [[gnu::noinline]] void dot(Pass<T> p, F* to) const {
     constexpr int step = pairs ? 2 * W : W;
+    constexpr int steps_of_line = 64 / (step * sizeof(T)) > 0 ? 64 / (step * sizeof(T)) : 1;
     const int64_t stride = c_.weight_row;
+    const int every = steps_of_line * p.passes;
+    int until = steps_of_line * p.pass;
     F sum[R][C];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) sum[r][c] = S::zero();
-    for (; steps > 0; --steps, weight += step, x += W)
+      for (int c = 0; c < C; ++c) sum[r][c] = to[r * kMostRows + c];
+    for (; p.steps > 0; --p.steps, p.weight += step, p.ahead += step, p.x += W) {
+      if (--until < 0) {
+        until = every - 1;
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        if constexpr (ahead) S::prefetch(reinterpret_cast<const char*>(weight + (R + r) * stride));
-        multiply_add<pairs, C>(vector<pairs>(weight + r * stride), x, sum[r]);
+        for (int r = 0; r < R; ++r) S::prefetch(reinterpret_cast<const char*>(p.ahead + r * stride));
       }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) multiply_add<pairs, C>(vector<pairs>(p.weight + r * stride), p.x, sum[r]);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) to[r][c] = sum[r][c];
+      for (int c = 0; c < C; ++c) to[r * kMostRows + c] = sum[r][c];
+  }
+
+  // The inputs that fill no whole vector.
+  template <class T, bool pairs>
+  void add_rest(const T* weight, const float* x, int rows, F (*sum)[kMostRows]) const {
+    constexpr int step = pairs ? 2 * W : W;
+    for (int r = 0; r < rows; ++r) {
+      T some[step] = {};
+      std::memcpy(some, weight + r * c_.weight_row, c_.in % step * sizeof(T));
+      for (int m = 0; m < c_.M; ++m) multiply_add<pairs, 1>(vector<pairs>(some), x + int64_t{m} * width_, sum[r] + m);
+    }
   }
 
   template <bool pairs, class T>
@@ -117,7 +156,7 @@ class LinearKernel {
   }
 
   template <bool pairs, int C>
-  void multiply_add(F w, const float* x, F (&sum)[C]) const {
+  void multiply_add(F w, const float* x, F* sum) const {
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
       const F factor = S::load(x + int64_t{c} * width_);

@@ -8,6 +8,8 @@
 
 namespace anabranch {
 
+constexpr int kMostRows = 16;  // of x in one call
+
 // Strides count elements; rows are contiguous.
 struct LinearCall {
   const void* x;  // [M, in]
@@ -22,6 +24,7 @@ struct LinearCall {
   int M, in, out;
 };
 
+// M must not be above kMostRows.
 void skinny_linear(const LinearCall& call, Isa isa, int threads);
 
 }  // namespace anabranch

@@ -1,6 +1,7 @@
 """Types of the compiled extension (bindings/module.cpp). Addresses are `data_ptr()`s; types as in native.TYPES."""
 
 source_hash: str
+most_rows: int  # of x in one call of skinny_linear
 
 def supported_isas() -> list[str]: ...
 def paged_attention(
@@ -49,4 +50,4 @@ def skinny_linear(
     isa: str,
     threads: int,
 ) -> None: ...
-def read_memory(data: int, bytes: int, isa: str, threads: int) -> int: ...
+def read_memory(data: int, bytes: int, isa: str, threads: int) -> float: ...

@@ -1,1 +1,1 @@
-"""Compiled kernels as torch ops. Import an op from its own module: `from anabranch_kernels.paged_attention.op import ...`"""
+"""Compiled kernels as torch ops. An op is imported from its own module, `anabranch_kernels.<op>.op`."""

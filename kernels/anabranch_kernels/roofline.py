@@ -21,7 +21,7 @@ def read_bandwidth(device: str | torch.device = "cpu", *, bytes: int = 1 << 29, 
 
 def read_sweep(device: str | torch.device = "cpu", *, bytes: int = 1 << 29) -> Callable[[], float]:
     """The same for a roof that takes turns with what it is compared with: each call sweeps once and gives bytes/s."""
-    words = torch.ones(bytes // 4, dtype=torch.int32, device=device)
+    words = torch.ones(bytes // 4, dtype=torch.float32, device=device)
     if words.device.type == "cpu":
         read: Callable[[], object] = lambda: extension.read_memory(
             words.data_ptr(), words.nbytes, ISA, torch.get_num_threads()

@@ -13,8 +13,9 @@ CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 QUERY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _attend = define(
-    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, Tensor cu_seqlens_q,"
-    " Tensor? k_scales, Tensor? v_scales, float scale, int? window, int? v_top_k, bool renormalise) -> (Tensor, Tensor)",
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens,"
+    " Tensor cu_seqlens_q, Tensor? k_scales, Tensor? v_scales, float scale, int? window, int? v_top_k,"
+    " bool renormalise) -> (Tensor, Tensor)",
     reference=reference.paged_attention,
     cpu=cpu.paged_attention,
     cuda=lambda *args: import_module(".gpu", __package__).paged_attention(*args),  # Triton loads on first use
@@ -157,7 +158,8 @@ def _check_caches(k_cache: Tensor, v_cache: Tensor, k_scales: Tensor | None, v_s
             or scales.device != cache.device
         ):
             raise ValueError(
-                f"{name}_scales must be contiguous {list(cache.shape[:3])} float32 on {cache.device}, got {_what(scales)}"
+                f"{name}_scales must be contiguous {list(cache.shape[:3])} float32 on {cache.device}, "
+                f"got {_what(scales)}"
             )
     if k_cache.shape[0] != v_cache.shape[0] or k_cache.shape[2] != v_cache.shape[2]:
         raise ValueError(

@@ -81,7 +81,8 @@ def check_tables(page_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, T: 
             raise ValueError(f"cu_seqlens_q must not decrease, got {starts[b]} then {starts[b + 1]} at sequence {b}")
         if length < 0 or length > page_table.shape[1] * page:
             raise ValueError(
-                f"seq_lens must lie in [0, max_pages * page = {page_table.shape[1] * page}], got {length} at sequence {b}"
+                f"seq_lens must lie in [0, max_pages * page = {page_table.shape[1] * page}], "
+                f"got {length} at sequence {b}"
             )
         if 0 < length < n:
             raise ValueError(f"seq_lens counts the new tokens too, got {length} with {n} new at sequence {b}")

@@ -6,13 +6,11 @@ from torch.nn.functional import linear
 
 from ..native import ISA, TYPES, extension
 
-MOST_ROWS = 16
-
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, isa: str = ISA) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     M, width = rows.shape
-    if M > MOST_ROWS:
+    if extension.most_rows < M:
         if scales is not None:
             weight = (weight * scales[:, None]).to(x.dtype)
         return linear(x, weight, bias)

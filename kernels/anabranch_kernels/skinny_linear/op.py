@@ -1,4 +1,4 @@
-"""Linear layer for few rows: on a CPU the weight's bytes are the whole cost, so they are read once at full bandwidth."""
+"""Linear layer for few rows: on a CPU the weight's bytes are the whole cost, so they are read once, at full speed."""
 
 import torch
 from torch import Tensor
@@ -38,13 +38,17 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scal
         )
     if (scales is not None) != (weight.dtype == torch.int8):
         raise ValueError(f"scales goes with an int8 weight and only with it, got weight {weight.dtype}")
-    for vector, name, dtype in ((bias, "bias", x.dtype), (scales, "scales", torch.float32)):
-        if vector is not None and (vector.shape != weight.shape[:1] or vector.dtype != dtype):
-            raise ValueError(
-                f"{name} must be [{weight.shape[0]}] {dtype}, got {list(vector.shape)} {vector.dtype}"
-            )
+    if bias is not None:
+        _check_vector(bias, "bias", weight.shape[0], x.dtype)
+    if scales is not None:
+        _check_vector(scales, "scales", weight.shape[0], torch.float32)
     out: Tensor = _op(x, weight, bias, scales)
     return out
+
+
+def _check_vector(vector: Tensor, name: str, size: int, dtype: torch.dtype) -> None:
+    if vector.shape != (size,) or vector.dtype != dtype:
+        raise ValueError(f"{name} must be [{size}] {dtype}, got {list(vector.shape)} {vector.dtype}")
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None) -> Tensor:
