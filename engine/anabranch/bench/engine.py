@@ -133,8 +133,7 @@ def make_sample(
 
 def count_weights(config: ModelConfig) -> int:
     """Elements of all matrices and vectors."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Transformer(config).parameters())
+    return sum(parameter.numel() for parameter in Transformer(config, device="meta").parameters())
 
 
 @contextmanager
