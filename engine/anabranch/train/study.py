@@ -1,10 +1,10 @@
-"""Do fewer key heads hurt less than fewer value heads? Three small models of each kind on the same batches.
+"""Do fewer key heads hurt less than fewer value heads? Five small models of each kind on the same batches.
 
     python -m anabranch.train.study --runs runs/diffqkv-study --json study.json --report study.md
 
 Every variant of a seed starts from the same generator, sees the same batches and follows the same schedule; only the
 numbers of K and V heads differ. Finished runs are skipped and an unfinished one goes on, so the command can be
-repeated until it is done. Each length is a study of its own, with its own schedule.
+repeated until it is done.
 """
 
 import argparse
@@ -152,7 +152,7 @@ def markdown(figures: dict[str, Any]) -> str:
     seeds, tokens = figures["seeds"], figures["tokens_per_run"]
     by_seed = " | ".join(f"seed {seed}" for seed in seeds)
     rule = "---|" * (len(seeds) + 2)
-    lines = [f"### {figures['recipe']['steps']} steps, {tokens / 1e6:.2f} million bytes per run", ""]
+    lines = [f"Each run took {figures['recipe']['steps']} steps over {tokens / 1e6:.2f} million bytes.", ""]
     lines += [f"| | heads q/k/v | parameters | cached per token | {by_seed} | mean | sd |", f"|---|---|---|---|{rule}"]
     for v in figures["variants"]:
         cells = [v["name"], "/".join(map(str, v["heads"])), str(v["parameters"]), str(v["cached_numbers_per_token"])]
@@ -165,26 +165,26 @@ def markdown(figures: dict[str, Any]) -> str:
         interval = "–" if half is None else f"{p['mean'] - half:+.4f} to {p['mean'] + half:+.4f}"
         cells = [" minus ".join(p["pair"]), *(f"{x:+.4f}" for x in p["differences"]), f"{p['mean']:+.4f}", interval]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"- {reading(p)}" for p in figures["paired"])]) + "\n\n"
+    return "\n".join([*lines, "", *(f"- {reading(p)}" for p in figures["paired"])]) + "\n"
 
 
 def reading(pair: dict[str, Any]) -> str:
     """One sentence on a paired difference: its sign if the interval excludes zero, otherwise that it cannot tell."""
     (a, b), half = pair["pair"], pair["half_width_95"]
     if half is None or abs(pair["mean"]) <= half:
-        return f"**{a}** and **{b}** cannot be told apart: the 95 % interval of their difference includes zero."
+        return f"**{a}** and **{b}** cannot be told apart by these seeds: the 95 % interval includes zero."
     word = "worse" if pair["mean"] > 0 else "better"
     return f"**{a}** is {word} than **{b}** by {abs(pair['mean']):.4f} bits per byte (95 % interval ± {half:.4f})."
 
 
-def write_report(path: Path, studies: Sequence[dict[str, Any]]) -> None:
+def write_report(path: Path, figures: dict[str, Any]) -> None:
     """Put the tables between the two marks of a Markdown page, or write a page that is only them."""
     text = path.read_text(encoding="utf-8") if path.is_file() else f"{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{path} must hold the lines {BEGIN!r} and {END!r}, between which the tables go")
-    path.write_text(f"{before}{BEGIN}\n{''.join(map(markdown, studies))}{END}{after}", encoding="utf-8")
+    path.write_text(f"{before}{BEGIN}\n{markdown(figures)}{END}{after}", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,23 +199,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--json", type=Path, required=True, help="figures go here")
     parser.add_argument("--report", type=Path, required=True, help="Markdown page whose tables are replaced")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    lengths = [1400, 3000]
-    parser.add_argument("--steps", type=int, nargs="+", default=lengths, help="lengths of runs (default: 1400 3000)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default: 0 1 2 3 4")
+    parser.add_argument("--steps", type=int, default=1400, help="steps of each run (default: 1400)")
     parser.add_argument("--threads", type=int, default=1, help="threads torch computes with (default: 1)")
     args = parser.parse_args(argv)
 
     import torch
 
     torch.set_num_threads(args.threads)
-    for steps in args.steps:
-        if not run_all(args.runs, args.seeds, steps):
-            print("stopped; the same command goes on")
-            return INTERRUPTED
-    studies = [collect(args.runs, args.seeds, steps) for steps in args.steps]
-    write_json(args.json, {"studies": studies})
-    write_report(args.report, studies)
-    print(*map(markdown, studies))
+    if not run_all(args.runs, args.seeds, args.steps):
+        print("stopped; the same command goes on")
+        return INTERRUPTED
+    figures = collect(args.runs, args.seeds, args.steps)
+    write_json(args.json, figures)
+    write_report(args.report, figures)
+    print(markdown(figures))
     return 0
 
 

@@ -72,7 +72,7 @@ def log(out: Path) -> list[dict[str, float]]:
 def test_the_loss_falls_on_a_text_that_repeats_itself(text, tmp_path):
     outcome = train(tiny(text, tmp_path / "run", steps=100, lr=1e-2, log_every=20, evaluate_every=20))
     losses = [entry["train_bits_per_token"] for entry in log(tmp_path / "run")]
-    assert losses[0] > 4  # a byte at random costs 8 bits, this text's alphabet of 15 at most 4
+    assert losses[0] > 2  # the mean of the first 20 steps, from 8 bits on; a byte of this text's 15 costs at most 4
     assert losses[-1] < 0.5
     assert outcome.stopped is None
     assert outcome.held_out_bits_per_byte < 0.5
