@@ -10,7 +10,8 @@ FIND_PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PYTHON ?= $(FIND_PYTHON)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h bindings/*.cpp bindings/*.h) setup.py pyproject.toml constraints.txt \
-	engine/anabranch/version.py
+	engine/anabranch/version.py kernels/anabranch_kernels/source_hash.py
+CUDA_SOURCES := $(wildcard csrc/*.cu)
 
 MODEL ?= engine/anabranch/assets/pystdlib-diffqkv
 define PROMPT
@@ -54,6 +55,18 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy engine kernels
+
+gpu-check: $(READY)
+	$(BIN)/python -m anabranch_kernels.gpu_check --jobs $(JOBS)
+
+# CUDA sources are optional; Triton is the GPU path that everybody has.
+cuda-check:
+	@command -v nvcc >/dev/null || { echo "make cuda-check needs nvcc on PATH" >&2; exit 1; }
+	@for source in $(CUDA_SOURCES); do for arch in 80 90a; do \
+	    echo "$$source for sm_$$arch"; \
+	    nvcc -std=c++17 -O3 -Icsrc -gencode arch=compute_$$arch,code=sm_$$arch -c $$source -o /dev/null || exit 1; \
+	done; done
+	@echo "CUDA sources compiled: $(words $(CUDA_SOURCES))"
 
 bench: $(READY)
 	$(BIN)/anabranch bench attention --json benchmarks/results/attention.json --plot benchmarks/results/attention.png
