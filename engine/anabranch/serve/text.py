@@ -32,7 +32,7 @@ class TextStream:
         self._shown = 0  # characters of the decoded window that are in `text`, or belong to the context
         self._search_from = 0
         self._released = 0
-        self._restart(list(context[-CONTEXT:]))
+        self._restart(list(context))
 
     def feed(self, tokens: Sequence[int], *, watch: bool = True) -> str | None:
         """Add tokens. Returns the stop text they complete, if any; `text` then ends before it (or with it, if kept).
@@ -48,7 +48,7 @@ class TextStream:
             self.text += whole[self._shown :]
             self._shown = len(whole)
         if len(self._tokens) > (WINDOW if len(whole) == len(window) else LIMIT):
-            self._restart(self._tokens[-CONTEXT:])
+            self._restart(self._tokens)
         if not watch:
             self._search_from = len(self.text)
             return None
@@ -62,8 +62,13 @@ class TextStream:
         return piece
 
     def _restart(self, tokens: list[int]) -> None:
-        self._tokens = tokens
-        self._shown = len(self._decode(tokens).rstrip(REPLACEMENT)) if tokens else 0
+        """Keep the last tokens only, from where a character begins: that is at most three bytes further back."""
+        for size in range(CONTEXT, CONTEXT + 4):
+            window = self._decode(tokens[-size:]) if tokens else ""
+            if not window.startswith(REPLACEMENT):
+                break
+        self._tokens = tokens[-size:]
+        self._shown = len(window.rstrip(REPLACEMENT))
 
     def _cut(self, before: int) -> str | None:
         """Look for the stop text that ends first, of several the longest, and cut there."""
