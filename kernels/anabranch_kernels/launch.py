@@ -1,0 +1,13 @@
+"""How a Triton kernel is launched, as a value: what shapes and dtypes decide, before any tensor is at hand."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Compile-time constants, warps and pipeline stages; launchers make one and gpu_check compiles it."""
+
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
