@@ -84,11 +84,11 @@ class Engine:
         self.vocab_size = model.config.vocab_size
         self.eos_ids = frozenset(model.config.eos_ids)
         self.scheduler: Scheduler[Sample] = Scheduler(
-            BlockPool(config.num_blocks), block_size=config.block_size, max_seqs=config.max_num_seqs,
-            max_step_tokens=config.max_num_batched_tokens, share_prefixes=config.enable_prefix_caching,
+            BlockPool(config.num_blocks), block_size=config.block_size, max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens, share_prefixes=config.enable_prefix_caching,
         )  # fmt: skip
         self.runner = Runner(
-            model, num_blocks=config.num_blocks, block_size=config.block_size, max_seqs=config.max_num_seqs,
+            model, num_blocks=config.num_blocks, block_size=config.block_size, max_num_seqs=config.max_num_seqs,
             max_len=config.max_model_len, dtype=config.cache_dtype,
         )  # fmt: skip
         self.sampler = Sampler()

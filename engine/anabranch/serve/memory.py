@@ -26,6 +26,8 @@ def size_cache(
     A length that was not asked for gives way to a small cache; ValueError if one that was does not fit, or is more than
     the model's positions.
     """
+    if block_size < 1 or max_num_seqs < 1:
+        raise ValueError(f"block_size and max_num_seqs must be at least 1, got {block_size} and {max_num_seqs}")
     if max_model_len is not None and not 2 <= max_model_len <= config.max_position:
         raise ValueError(f"max_model_len must be in [2, {config.max_position}] for this model, got {max_model_len}")
     block_bytes = block_size * cache_bytes_per_token(config, dtype)

@@ -93,13 +93,20 @@ class Runner:
     """Holds the model, its caches and the page table of every row the scheduler hands out."""
 
     def __init__(
-        self, model: Transformer, *, num_blocks: int, block_size: int, max_seqs: int, max_len: int, dtype: torch.dtype
+        self,
+        model: Transformer,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_len: int,
+        dtype: torch.dtype,
     ) -> None:
         self.model = model
         self.device = model.embed.device
         self.block_size = block_size
         self.caches = make_caches(model.config, num_blocks, block_size, dtype, self.device)
-        self._table = np.zeros((max_seqs, -(-max_len // block_size)), np.int32)
+        self._table = np.zeros((max_num_seqs, -(-max_len // block_size)), np.int32)
 
     def forward(self, step: Step[S]) -> Tensor:
         """Compute a step's tokens: hidden states [T, hidden_size], packed in the order of its sequences."""

@@ -32,7 +32,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks, as far as they were needed
     registered: int = 0  # leading blocks that have been offered for sharing
-    row: int = -1  # a number below max_seqs while running, -1 otherwise
+    row: int = -1  # a number below max_num_seqs while running, -1 otherwise
     hit_tokens: int | None = None  # tokens found in the cache when it was first admitted
 
 
@@ -57,27 +57,35 @@ class Step(Generic[S]):
 class Scheduler(Generic[S]):
     """Two queues over one pool of blocks.
 
-    max_seqs         sequences that run at once
-    max_step_tokens  budget of tokens per step; at least max_seqs, so that every running sequence advances in every step
+    max_num_seqs         sequences that run at once
+    max_num_batched_tokens  budget of tokens per step; at least max_num_seqs, so that every running sequence advances in every step
     share_prefixes   find full blocks of earlier sequences again by their tokens
     """
 
     def __init__(
-        self, pool: BlockPool, *, block_size: int, max_seqs: int, max_step_tokens: int, share_prefixes: bool = True
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        share_prefixes: bool = True,
     ) -> None:
-        if block_size < 1 or max_seqs < 1:
-            raise ValueError(f"block_size and max_seqs must be at least 1, got {block_size} and {max_seqs}")
-        if max_step_tokens < max_seqs:
-            raise ValueError(f"max_step_tokens must be at least max_seqs={max_seqs}, got {max_step_tokens}")
+        if block_size < 1 or max_num_seqs < 1:
+            raise ValueError(f"block_size and max_num_seqs must be at least 1, got {block_size} and {max_num_seqs}")
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens must be at least max_num_seqs={max_num_seqs}, got {max_num_batched_tokens}"
+            )
         self.pool = pool
         self.block_size = block_size
-        self.max_seqs = max_seqs
-        self.max_step_tokens = max_step_tokens
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
         self.share_prefixes = share_prefixes
         self.waiting: deque[S] = deque()
         self.running: list[S] = []
         self.preemptions = 0
-        self._rows = list(range(max_seqs - 1, -1, -1))
+        self._rows = list(range(max_num_seqs - 1, -1, -1))
 
     def add(self, seq: S) -> None:
         """Queue a sequence. ValueError if it could not finish even with the whole pool to itself."""
@@ -123,7 +131,7 @@ class Scheduler(Generic[S]):
             self.waiting.remove(seq)
 
     def _advance(self, step: Step[S]) -> int:
-        budget = self.max_step_tokens
+        budget = self.max_num_batched_tokens
         running = self.running
         index = 0
         while index < len(running):  # pre-emption shortens it at the end
@@ -150,7 +158,7 @@ class Scheduler(Generic[S]):
         return True
 
     def _admit(self, step: Step[S], budget: int) -> None:
-        while self.waiting and budget and len(self.running) < self.max_seqs:
+        while self.waiting and budget and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             spare = self.pool.num_free - len(self.running)  # one block each for those who run, before they pre-empt
             if spare <= 0:

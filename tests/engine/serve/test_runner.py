@@ -12,10 +12,12 @@ from anabranch.serve.scheduler import Scheduler, Sequence
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 
 
-def run_all(model, prompts, *, max_step_tokens, dtype=torch.float32, block_size=4):
+def run_all(model, prompts, *, max_num_batched_tokens, dtype=torch.float32, block_size=4):
     """Hidden states of each prompt, computed together in steps of so many tokens."""
-    scheduler = Scheduler(BlockPool(64), block_size=block_size, max_seqs=4, max_step_tokens=max_step_tokens)
-    runner = Runner(model, num_blocks=64, block_size=block_size, max_seqs=4, max_len=64, dtype=dtype)
+    scheduler = Scheduler(
+        BlockPool(64), block_size=block_size, max_num_seqs=4, max_num_batched_tokens=max_num_batched_tokens
+    )
+    runner = Runner(model, num_blocks=64, block_size=block_size, max_num_seqs=4, max_len=64, dtype=dtype)
     seqs = [Sequence(tokens=list(prompt), max_len=len(prompt) + 1) for prompt in prompts]
     found = {seq: [] for seq in seqs}
     for seq in seqs:
@@ -32,11 +34,11 @@ def run_all(model, prompts, *, max_step_tokens, dtype=torch.float32, block_size=
     return [torch.cat(found[seq]) for seq in seqs]
 
 
-@pytest.mark.parametrize("max_step_tokens", [4, 7, 64])
+@pytest.mark.parametrize("max_num_batched_tokens", [4, 7, 64])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_chunks_in_a_batch_equal_one_dense_pass(model, dense, max_step_tokens, block_size):
+def test_chunks_in_a_batch_equal_one_dense_pass(model, dense, max_num_batched_tokens, block_size):
     prompts = [[5] * 3, list(range(10, 33)), [40], list(range(50, 67))]
-    found = run_all(model, prompts, max_step_tokens=max_step_tokens, block_size=block_size)
+    found = run_all(model, prompts, max_num_batched_tokens=max_num_batched_tokens, block_size=block_size)
     for prompt, hidden in zip(prompts, found, strict=True):
         assert_close(hidden, dense(model, prompt), **CLOSE)
 
@@ -44,13 +46,13 @@ def test_chunks_in_a_batch_equal_one_dense_pass(model, dense, max_step_tokens, b
 def test_windows_reach_the_kernel(build, dense):
     model = build(family="mistral", k_heads=2, v_heads=2, v_dim=8, windows=(5, 5))
     prompt = list(range(10, 40))
-    (found,) = run_all(model, [prompt], max_step_tokens=7)
+    (found,) = run_all(model, [prompt], max_num_batched_tokens=7)
     assert_close(found, dense(model, prompt), **CLOSE)
 
 
 def test_an_int8_cache_comes_close(model, dense):
     prompt = list(range(10, 40))
-    (found,) = run_all(model, [prompt], max_step_tokens=7, dtype=torch.int8)
+    (found,) = run_all(model, [prompt], max_num_batched_tokens=7, dtype=torch.int8)
     exact = dense(model, prompt)
     # one step of 127 per element and layer; hidden states are normalised to order one
     assert (found - exact).abs().max() < 0.1
@@ -58,7 +60,7 @@ def test_an_int8_cache_comes_close(model, dense):
 
 
 def test_only_wanted_logits_are_computed(model, dense):
-    runner = Runner(model, num_blocks=4, block_size=4, max_seqs=1, max_len=16, dtype=torch.float32)
+    runner = Runner(model, num_blocks=4, block_size=4, max_num_seqs=1, max_len=16, dtype=torch.float32)
     hidden = dense(model, list(range(10, 20)))
     with torch.inference_mode():
         assert_close(runner.logits(hidden, [2, 9]), model.logits(hidden)[[2, 9]], **CLOSE)
@@ -82,7 +84,7 @@ def test_bytes_are_counted(build):
 def test_a_model_with_other_sizes_gets_other_pools(build):
     config = replace(build().config, k_heads=4, v_heads=1)
     model = build(k_heads=4, v_heads=1)
-    runner = Runner(model, num_blocks=6, block_size=4, max_seqs=2, max_len=16, dtype=torch.int8)
+    runner = Runner(model, num_blocks=6, block_size=4, max_num_seqs=2, max_len=16, dtype=torch.int8)
     for cache in runner.caches:
         assert cache.k.shape == (6, config.k_heads, 4, config.k_dim)
         assert cache.v.shape == (6, config.v_heads, 4, config.v_dim)

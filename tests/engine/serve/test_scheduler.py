@@ -20,10 +20,10 @@ class Numbered(Sequence):
 class World:
     """Runs a scheduler's steps on a cache that records, for each slot, the whole history its content depends on."""
 
-    def __init__(self, *, blocks, block_size, max_seqs, max_step_tokens, share_prefixes=True):
+    def __init__(self, *, blocks, block_size, max_num_seqs, max_num_batched_tokens, share_prefixes=True):
         self.pool = BlockPool(blocks)
         self.scheduler: Scheduler[Numbered] = Scheduler(
-            self.pool, block_size=block_size, max_seqs=max_seqs, max_step_tokens=max_step_tokens,
+            self.pool, block_size=block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
             share_prefixes=share_prefixes,
         )  # fmt: skip
         self.tables: dict[int, dict[int, int]] = {}
@@ -100,15 +100,15 @@ class World:
     def check_step(self, step, running_before):
         scheduler = self.scheduler
         assert step.sequences == scheduler.running  # every running sequence advances in every step
-        assert sum(step.counts) <= scheduler.max_step_tokens
+        assert sum(step.counts) <= scheduler.max_num_batched_tokens
         for seq, start, count in zip(step.sequences, step.starts, step.counts, strict=True):
             assert count >= 1
             assert start == seq.computed
             assert start + count <= len(seq.tokens)
             if start + count < len(seq.tokens):  # a chunk: it took all that was left, and nobody came after it
-                assert sum(step.counts) == scheduler.max_step_tokens
+                assert sum(step.counts) == scheduler.max_num_batched_tokens
                 assert seq is step.sequences[-1]
-        assert len(set(step.rows)) == len(step.rows) == len(scheduler.running) <= scheduler.max_seqs
+        assert len(set(step.rows)) == len(step.rows) == len(scheduler.running) <= scheduler.max_num_seqs
         numbers = [seq.number for seq in scheduler.running] + [seq.number for seq in scheduler.waiting]
         assert numbers == sorted(numbers)  # first come, first served
         assert set(scheduler.running) | set(scheduler.waiting) == set(self.live)
@@ -143,14 +143,20 @@ class World:
 
 
 WORLDS = {
-    "tiny-pool": {"blocks": 7, "block_size": 4, "max_seqs": 4, "max_step_tokens": 8},
-    "one-token-blocks": {"blocks": 24, "block_size": 1, "max_seqs": 5, "max_step_tokens": 5},
-    "one-sequence": {"blocks": 8, "block_size": 4, "max_seqs": 1, "max_step_tokens": 3},
-    "small-chunks": {"blocks": 40, "block_size": 4, "max_seqs": 6, "max_step_tokens": 7},
-    "roomy": {"blocks": 90, "block_size": 4, "max_seqs": 12, "max_step_tokens": 64},
-    "no-sharing": {"blocks": 16, "block_size": 3, "max_seqs": 5, "max_step_tokens": 11, "share_prefixes": False},
-    "wide-blocks": {"blocks": 6, "block_size": 16, "max_seqs": 5, "max_step_tokens": 24},
-    "tight": {"blocks": 12, "block_size": 2, "max_seqs": 8, "max_step_tokens": 16},
+    "tiny-pool": {"blocks": 7, "block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 8},
+    "one-token-blocks": {"blocks": 24, "block_size": 1, "max_num_seqs": 5, "max_num_batched_tokens": 5},
+    "one-sequence": {"blocks": 8, "block_size": 4, "max_num_seqs": 1, "max_num_batched_tokens": 3},
+    "small-chunks": {"blocks": 40, "block_size": 4, "max_num_seqs": 6, "max_num_batched_tokens": 7},
+    "roomy": {"blocks": 90, "block_size": 4, "max_num_seqs": 12, "max_num_batched_tokens": 64},
+    "no-sharing": {
+        "blocks": 16,
+        "block_size": 3,
+        "max_num_seqs": 5,
+        "max_num_batched_tokens": 11,
+        "share_prefixes": False,
+    },
+    "wide-blocks": {"blocks": 6, "block_size": 16, "max_num_seqs": 5, "max_num_batched_tokens": 24},
+    "tight": {"blocks": 12, "block_size": 2, "max_num_seqs": 8, "max_num_batched_tokens": 16},
 }
 STEPS = 13_000  # in each of the eight worlds: more than 10^5 in all
 
@@ -199,7 +205,7 @@ def test_random_traffic(name):
 
 
 def test_tokens_are_computed_exactly_once_without_preemption():
-    world = World(blocks=100, block_size=4, max_seqs=4, max_step_tokens=6)
+    world = World(blocks=100, block_size=4, max_num_seqs=4, max_num_batched_tokens=6)
     seqs = [world.add([number + 1] * (3 + 5 * number), 7) for number in range(4)]
     while world.live:
         world.step(lambda seq: 1)
@@ -209,7 +215,7 @@ def test_tokens_are_computed_exactly_once_without_preemption():
 
 
 def test_samples_of_one_prompt_share_its_full_blocks_in_the_first_step():
-    world = World(blocks=20, block_size=4, max_seqs=4, max_step_tokens=64)
+    world = World(blocks=20, block_size=4, max_num_seqs=4, max_num_batched_tokens=64)
     first, second, third = (world.add([1, 2, 3, 4, 5, 6, 7, 8, 9], 4) for _ in range(3))
     step = world.scheduler.schedule()
     assert step.counts == [9, 1, 1]
@@ -218,7 +224,7 @@ def test_samples_of_one_prompt_share_its_full_blocks_in_the_first_step():
 
 
 def test_a_preempted_sequence_finds_its_own_blocks_again():
-    world = World(blocks=5, block_size=2, max_seqs=2, max_step_tokens=8)
+    world = World(blocks=5, block_size=2, max_num_seqs=2, max_num_batched_tokens=8)
     old, new = world.add([1, 2, 3], 7), world.add([4, 3, 2], 7)
     while old in world.live:
         world.step(lambda seq: 3)
@@ -230,7 +236,7 @@ def test_a_preempted_sequence_finds_its_own_blocks_again():
 
 
 def test_nobody_overtakes_a_long_prompt():
-    world = World(blocks=10, block_size=4, max_seqs=4, max_step_tokens=8)
+    world = World(blocks=10, block_size=4, max_num_seqs=4, max_num_batched_tokens=8)
     world.add([1] * 20, 8)
     long, short = world.add([2] * 36, 4), world.add([3], 2)
     while long in world.live and not long.steps:
@@ -240,7 +246,7 @@ def test_nobody_overtakes_a_long_prompt():
 
 
 def test_what_can_never_fit_is_refused_at_once():
-    world = World(blocks=4, block_size=4, max_seqs=2, max_step_tokens=8)
+    world = World(blocks=4, block_size=4, max_num_seqs=2, max_num_batched_tokens=8)
     with pytest.raises(ValueError, match=r"18 tokens need 5 cache blocks of 4 tokens, and the cache has 4"):
         world.scheduler.add(Numbered(tokens=[1] * 8, max_len=18))
     world.add([1] * 8, 9)  # 17 tokens, of which the last is never cached: exactly full
@@ -251,11 +257,11 @@ def test_what_can_never_fit_is_refused_at_once():
 
 @pytest.mark.parametrize(("tokens", "max_len"), [(0, 4), (4, 4), (5, 4)])
 def test_a_sequence_needs_a_token_and_room_for_another(tokens, max_len):
-    world = World(blocks=4, block_size=4, max_seqs=2, max_step_tokens=8)
+    world = World(blocks=4, block_size=4, max_num_seqs=2, max_num_batched_tokens=8)
     with pytest.raises(ValueError, match="1 <= tokens < max_len"):
         world.scheduler.add(Numbered(tokens=[1] * tokens, max_len=max_len))
 
 
 def test_budget_below_the_number_of_sequences_is_refused():
-    with pytest.raises(ValueError, match="at least max_seqs=4, got 3"):
-        World(blocks=4, block_size=4, max_seqs=4, max_step_tokens=3)
+    with pytest.raises(ValueError, match="at least max_num_seqs=4, got 3"):
+        World(blocks=4, block_size=4, max_num_seqs=4, max_num_batched_tokens=3)
