@@ -124,6 +124,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("paged_attention", &attend);
   m.def("store_kv", &store);
   m.def("skinny_linear", &linear);
-  m.attr("most_rows") = kMostRows;
   m.def("read_memory", &read_memory);
 }

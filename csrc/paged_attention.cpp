@@ -7,12 +7,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <numeric>
 #include <vector>
 
+#include "aligned.h"
 #include "parallel.h"
 
 namespace anabranch {
@@ -23,20 +22,15 @@ constexpr int kFewTokens = 16;  // up to so many new tokens the cache is cut, ab
 constexpr int kRows = 256;      // query rows of a prefill item: tiles of K and V are unpacked once for so many
 constexpr int kSelectiveTokens = 4;  // new tokens of a selective item: it holds all their scores
 
-// Scratch memory of one call, 64-byte aligned.
+// Scratch memory of every thread of a call.
 class Scratch {
  public:
-  Scratch(int threads, int64_t floats) : stride_((floats + 15) / 16 * 16) {
-    memory_.reset(static_cast<float*>(std::aligned_alloc(64, std::max<int64_t>(stride_ * 4 * threads, 64))));
-  }
-  float* of(int thread) const { return memory_.get() + stride_ * thread; }
+  Scratch(int threads, int64_t floats) : stride_((floats + 15) / 16 * 16), memory_(stride_ * threads) {}
+  float* of(int thread) const { return memory_.data() + stride_ * thread; }
 
  private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
   int64_t stride_;
-  std::unique_ptr<float, Free> memory_;
+  AlignedFloats memory_;
 };
 
 std::string check_tables(const AttentionCall& c) {

@@ -8,7 +8,7 @@
 
 namespace anabranch {
 
-constexpr int kMostRows = 16;  // of x in one call
+constexpr int kMostRows = 16;  // of x that pass over the weight together
 
 // Strides count elements; rows are contiguous.
 struct LinearCall {
@@ -24,7 +24,6 @@ struct LinearCall {
   int M, in, out;
 };
 
-// M must not be above kMostRows.
 void skinny_linear(const LinearCall& call, Isa isa, int threads);
 
 }  // namespace anabranch

@@ -1,7 +1,6 @@
 """Types of the compiled extension (bindings/module.cpp). Addresses are `data_ptr()`s; types as in native.TYPES."""
 
 source_hash: str
-most_rows: int  # of x in one call of skinny_linear
 
 def supported_isas() -> list[str]: ...
 def paged_attention(

@@ -7,10 +7,19 @@ from torch.nn.functional import linear
 from ..native import ISA, TYPES, extension
 
 
+def fits(M: int, dtype: torch.dtype, isa: str = ISA) -> bool:
+    """Whether M rows meet a weight of this dtype here or in torch: whichever `anabranch bench linear` showed faster.
+
+    torch multiplies float32 well from some rows on, and bfloat16 where the CPU multiplies it natively. Where it does
+    not, torch widens bfloat16 so slowly that this kernel stayed ahead up to the 512 rows tried.
+    """
+    return M <= 16 or (dtype != torch.float32 and isa in ("avx2", "avx512"))
+
+
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, isa: str = ISA) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     M, width = rows.shape
-    if extension.most_rows < M:
+    if not fits(M, weight.dtype, isa):
         if scales is not None:
             weight = (weight * scales[:, None]).to(x.dtype)
         return linear(x, weight, bias)
