@@ -57,9 +57,9 @@ class Step(Generic[S]):
 class Scheduler(Generic[S]):
     """Two queues over one pool of blocks.
 
-    max_num_seqs         sequences that run at once
-    max_num_batched_tokens  budget of tokens per step; at least max_num_seqs, so that every running sequence advances in every step
-    share_prefixes   find full blocks of earlier sequences again by their tokens
+    max_num_seqs            sequences that run at once
+    max_num_batched_tokens  tokens of one step; at least max_num_seqs, so that every running sequence advances in it
+    share_prefixes          find full blocks of earlier sequences again by their tokens
     """
 
     def __init__(
