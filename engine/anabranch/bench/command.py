@@ -161,13 +161,20 @@ def _engine(args: argparse.Namespace, roofs: "Roofs") -> "Report":
     from anabranch.bench.report import Report
 
     config = engine.TINY if args.quick else engine.LLAMA_315M
+    context, steps = (24, 3) if args.quick else (512, 16)
     samples: list[Sample] = []
     absent: dict[str, None] = {}
     for batch in args.batches:
-        load = engine.Load(batch=batch, prompt=24, new_tokens=4) if args.quick else engine.Load(batch=batch)
-        with engine.open_peers(config, args.peers, load, torch.get_num_threads()) as (peers, missing):
-            samples += engine.measure_load(peers, config, load, roofs, repeats=args.repeats)
+        opened = engine.open_peers(
+            config, args.peers, batch=batch, length=context + steps + 1, threads=torch.get_num_threads()
+        )
+        with opened as (peers, missing):
             absent |= dict.fromkeys(missing)
+            if batch == 1:
+                samples += engine.measure_prefill(peers, config, roofs, prompt_tokens=context, repeats=args.repeats)
+            samples += engine.measure_decode(
+                peers, config, roofs, batch=batch, context=context, new_tokens=steps, repeats=args.repeats
+            )
     weights = engine.count_weights(config) / 1e6
     title = f"Engines on one bfloat16 Llama of {weights:.0f} M random weights"
     return Report(title=title, machine=machine.describe(), samples=tuple(samples), absent=tuple(absent))

@@ -1,13 +1,13 @@
 """Whole engines side by side: a bfloat16 Llama with random weights, the same in every engine, the same prompts in turn.
 
-Prompts are random and never repeat, so that no prefix cache answers for the model.
+Prompts to be read are random and never repeat, so that no prefix cache answers for the model.
 """
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -15,7 +15,7 @@ import torch
 
 from anabranch.bench.llama_cpp_peer import LlamaCppPeer, write_gguf
 from anabranch.bench.own_peer import OwnPeer
-from anabranch.bench.peer import Peer, Times
+from anabranch.bench.peer import Peer
 from anabranch.bench.timing import Roofs, Sample, interleave
 from anabranch.bench.transformers_peer import TransformersPeer
 from anabranch.models.config import ModelConfig
@@ -35,50 +35,72 @@ AGREEMENT = 0.1  # in nats: a dozen bfloat16 layers, each rounding its own way
 SETTLE_S = 0.1  # OpenMP threads of one engine spin for some milliseconds after its last call
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """Sequences decoded together, tokens of each prompt, tokens that follow."""
-
-    batch: int
-    prompt: int = 512
-    new_tokens: int = 16
-
-
 def save_random_model(config: ModelConfig, folder: Path, *, seed: int = 0) -> None:
     """A bfloat16 model folder; weights as before training, only larger, so that tokens differ in probability."""
     random = torch.Generator().manual_seed(seed)
     save_model(Transformer(config).initialise(random, std=0.05).bfloat16(), folder)
 
 
-def measure_load(peers: Sequence[Peer], config: ModelConfig, load: Load, roofs: Roofs, *, repeats: int) -> list[Sample]:
-    """Prefill and decode of every peer in turns, the first being ours; the peers' predictions must agree."""
-    prompts = random_prompts(config.vocab_size, load)
-    check_agreement(peers, next(prompts)[0])
-    runs: list[Callable[[], Times | float]] = [roofs.read]
+def measure_prefill(
+    peers: Sequence[Peer], config: ModelConfig, roofs: Roofs, *, prompt_tokens: int, repeats: int
+) -> list[Sample]:
+    """Time to the first new token of every peer in turns, the first being ours; their predictions must agree."""
+    prompts = random_prompts(config.vocab_size, prompt_tokens)
+    check_agreement(peers, next(prompts))
+    runs: list[Callable[[], float]] = [partial(prefill_next, peer, prompts) for peer in peers]
+    roof, *results = interleave([roofs.read, *runs], repeats=repeats, warmup=1, settle_s=SETTLE_S)
+    read_bytes, flops = work(config, batch=1, new_tokens=prompt_tokens, context=0)
+    return [
+        Sample(
+            case=f"prefill, {prompt_tokens} tokens",
+            contender=peer.name,
+            seconds=tuple(seconds),
+            read_bytes=read_bytes,
+            flops=flops,
+            read_roof=median(roof),
+            flops_roof=roofs.flops,
+            tokens=prompt_tokens,
+        )
+        for peer, seconds in zip(peers, results, strict=True)
+    ]
+
+
+def measure_decode(
+    peers: Sequence[Peer], config: ModelConfig, roofs: Roofs, *, batch: int, context: int, new_tokens: int, repeats: int
+) -> list[Sample]:
+    """Steps of `batch` sequences with `context` cached tokens at first, `new_tokens` steps in a turn."""
+    prompts = list(islice(random_prompts(config.vocab_size, context), batch))
+    check_agreement(peers, prompts[0])
     for peer in peers:
-        runs.append(partial(generate_next, peer, prompts, load.new_tokens))
-    roof, *results = interleave(runs, repeats=repeats, warmup=1, settle_s=SETTLE_S)
-    read_roof = median(value for value in roof if isinstance(value, float))
-    samples = []
-    for phase in ("prefill", "decode"):
-        for peer, times in zip(peers, results, strict=True):
-            seconds = [seconds_of(phase, result, load) for result in times if isinstance(result, Times)]
-            samples.append(
-                make_sample(phase, peer.name, seconds, config, load, read_roof=read_roof, flops_roof=roofs.flops)
-            )
-    return samples
+        peer.start(prompts)
+    runs: list[Callable[[], float]] = [partial(peer.decode, new_tokens) for peer in peers]
+    roof, *results = interleave([roofs.read, *runs], repeats=repeats, warmup=1, settle_s=SETTLE_S)
+    read_bytes, flops = work(config, batch=batch, new_tokens=1, context=context + new_tokens // 2)
+    return [
+        Sample(
+            case=f"decode, batch {batch}, {context} tokens",
+            contender=peer.name,
+            seconds=tuple(seconds),
+            read_bytes=read_bytes,
+            flops=flops,
+            read_roof=median(roof),
+            flops_roof=roofs.flops,
+            tokens=batch,
+        )
+        for peer, seconds in zip(peers, results, strict=True)
+    ]
 
 
-def random_prompts(vocab_size: int, load: Load) -> Iterator[list[list[int]]]:
-    """Batches of prompts without end."""
+def random_prompts(vocab_size: int, tokens: int) -> Iterator[list[int]]:
+    """Prompts without end, none of which begins like another."""
     random = torch.Generator().manual_seed(1)
     while True:
-        yield torch.randint(vocab_size, (load.batch, load.prompt), generator=random).tolist()
+        yield torch.randint(vocab_size, (tokens,), generator=random).tolist()
 
 
-def generate_next(peer: Peer, prompts: Iterator[list[list[int]]], new_tokens: int) -> Times:
-    """One sample of one peer."""
-    return peer.generate(next(prompts), new_tokens)
+def prefill_next(peer: Peer, prompts: Iterator[list[int]]) -> float:
+    """One sample: nobody has seen the prompt before."""
+    return peer.prefill(next(prompts))
 
 
 def check_agreement(peers: Sequence[Peer], prompt: Sequence[int]) -> None:
@@ -93,42 +115,17 @@ def check_agreement(peers: Sequence[Peer], prompt: Sequence[int]) -> None:
             )
 
 
-def seconds_of(phase: str, times: Times, load: Load) -> float:
-    """Seconds of the whole prefill, or of one decode step."""
-    return times.prefill_s if phase == "prefill" else times.decode_s / (load.new_tokens - 1)
+def work(config: ModelConfig, *, batch: int, new_tokens: int, context: int) -> tuple[int, int]:
+    """Bytes and operations of one pass over `new_tokens` of each of `batch` sequences with `context` cached tokens.
 
-
-def make_sample(
-    phase: str,
-    name: str,
-    seconds: Sequence[float],
-    config: ModelConfig,
-    load: Load,
-    *,
-    read_roof: float,
-    flops_roof: float,
-) -> Sample:
-    """Bytes: every weight once and, when decoding, the caches. Operations: two per weight and token, and attention.
-
-    The output matrix serves the last token of each sequence only; it is the embedding, so its bytes count once.
+    Every weight is read once, the caches too; two operations per weight and token, and attention's. The output matrix
+    serves the last token of each sequence only; it is the embedding too, so its bytes count once.
     """
     head = config.vocab_size * config.hidden_size
     body = count_weights(config) - head
-    context = load.prompt + load.new_tokens // 2
-    tokens = load.batch * (load.prompt if phase == "prefill" else 1)
-    seen = load.prompt / 2 if phase == "prefill" else context
-    attention = 2 * config.layers * config.q_heads * (config.k_dim + config.v_dim) * seen
-    cached = 0 if phase == "prefill" else load.batch * context * config.cache_bytes_per_token(2, 2)
-    return Sample(
-        case=f"{phase}, batch {load.batch}, {load.prompt} tokens",
-        contender=name,
-        seconds=tuple(seconds),
-        read_bytes=2 * (body + head) + cached,
-        flops=round(tokens * (2 * body + attention) + load.batch * 2 * head),
-        read_roof=read_roof,
-        flops_roof=flops_roof,
-        tokens=tokens,
-    )
+    read_bytes = 2 * (body + head) + batch * context * config.cache_bytes_per_token(2, 2)
+    attention = 2 * config.layers * config.q_heads * (config.k_dim + config.v_dim) * (context + new_tokens / 2)
+    return read_bytes, round(batch * (new_tokens * (2 * body + attention) + 2 * head))
 
 
 def count_weights(config: ModelConfig) -> int:
@@ -138,26 +135,22 @@ def count_weights(config: ModelConfig) -> int:
 
 @contextmanager
 def open_peers(
-    config: ModelConfig, wanted: Sequence[str], load: Load, threads: int
+    config: ModelConfig, wanted: Sequence[str], *, batch: int, length: int, threads: int
 ) -> Iterator[tuple[list[Peer], list[str]]]:
-    """Ours and the wanted peers on the same weights, and a reason for each that is not installed."""
+    """Ours and the wanted peers on equal weights, with room for the batch; and why others are absent."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="anabranch-bench-")))
         save_random_model(config, folder)
-        peers: list[Peer] = [OwnPeer(folder, batch=load.batch, length=load.prompt + load.new_tokens)]
+        peers: list[Peer] = [OwnPeer(folder, batch=batch, length=length)]
         absent = []
         if "transformers" in wanted:
             peers.append(TransformersPeer(folder))
         if "llama.cpp" in wanted:
+            path = folder / "model.gguf"
             try:
-                peers.append(stack.enter_context(closing(open_llama_cpp(folder, load, threads))))
+                write_gguf(folder, path)
+                llama = LlamaCppPeer(path, batch=batch, length=length, threads=threads)
+                peers.append(stack.enter_context(closing(llama)))
             except ImportError as error:
                 absent.append(f"llama.cpp: {error}; pip install llama-cpp-python gguf")
         yield peers, absent
-
-
-def open_llama_cpp(folder: Path, load: Load, threads: int) -> LlamaCppPeer:
-    """The folder's weights in llama.cpp; ImportError names what is not installed."""
-    write_gguf(folder, folder / "model.gguf")
-    length = load.prompt + load.new_tokens
-    return LlamaCppPeer(folder / "model.gguf", batch=load.batch, length=length, threads=threads)

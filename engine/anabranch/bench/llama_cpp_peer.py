@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anabranch.bench.peer import Times
 from anabranch.common.checkpoint import Checkpoint
 from anabranch.models.config import ModelConfig
 
@@ -99,6 +98,8 @@ class LlamaCppPeer:
         if not self.model or not self.context:
             raise ValueError(f"llama.cpp cannot open {path}")
         self.batch = llama_cpp.llama_batch_init(512, 0, 1)
+        self.tokens: list[int] = []  # the first new token of each sequence
+        self.context_tokens = 0
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
     def close(self) -> None:
@@ -112,20 +113,27 @@ class LlamaCppPeer:
         self._clear()
         return self._read_prompt(prompt, 0).log_softmax(0)
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Times:
-        """Seconds for the prompts and for the steps after the first new token."""
-        self._clear()
+    def prefill(self, prompt: Sequence[int]) -> float:
+        """Seconds until the first new token."""
         start = time.perf_counter()
-        tokens = [int(self._read_prompt(prompt, sequence).argmax()) for sequence, prompt in enumerate(prompts)]
-        prefilled = time.perf_counter()
-        lengths = [len(prompt) for prompt in prompts]
-        for step in range(new_tokens - 1):
-            entries = [
-                (token, length + step, sequence)
-                for sequence, (token, length) in enumerate(zip(tokens, lengths, strict=True))
-            ]
+        self.start([prompt])
+        return time.perf_counter() - start
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Read the prompts into the cache, one sequence each."""
+        self._clear()
+        self.context_tokens = len(prompts[0])
+        self.tokens = [int(self._read_prompt(prompt, sequence).argmax()) for sequence, prompt in enumerate(prompts)]
+
+    def decode(self, new_tokens: int) -> float:
+        """Seconds per step; the cache is cut back to the prompts before it starts."""
+        self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.context), -1, self.context_tokens, -1)
+        tokens = self.tokens
+        start = time.perf_counter()
+        for step in range(new_tokens):
+            entries = [(token, self.context_tokens + step, sequence) for sequence, token in enumerate(tokens)]
             tokens = [int(logits.argmax()) for logits in self._decode(entries, range(len(entries)))]
-        return Times(prefill_s=prefilled - start, decode_s=time.perf_counter() - prefilled)
+        return (time.perf_counter() - start) / new_tokens
 
     def _clear(self) -> None:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)

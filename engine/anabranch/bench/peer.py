@@ -1,18 +1,9 @@
-"""What a whole engine must do to be measured: read prompts, continue them, and say how sure it is of the next token."""
+"""What a whole engine must do to be measured: read prompts, go on from them, say what it expects to come next."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Times:
-    """Seconds until every sequence had its first new token, and from there to the last."""
-
-    prefill_s: float
-    decode_s: float
 
 
 class Peer(Protocol):
@@ -27,6 +18,14 @@ class Peer(Protocol):
         """Logarithms of the probabilities of every token after `prompt`: [vocab_size]."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Times:
-        """Continue all prompts together, each by `new_tokens` tokens, always taking the most probable one."""
+    def prefill(self, prompt: Sequence[int]) -> float:
+        """Seconds until the first new token of a prompt that the engine has not seen before."""
+        ...
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Read prompts of equal length, from which `decode` goes on."""
+        ...
+
+    def decode(self, new_tokens: int) -> float:
+        """Seconds per step of continuing them together by the likeliest tokens; the next call starts anew."""
         ...

@@ -47,7 +47,10 @@ def test_llama_cpp_predicts_what_transformers_predicts(tmp_path):
     expected = TransformersPeer(tmp_path).logprobs(prompt)
     # Two bfloat16 layers that round in different places: a few hundredths of a nat.
     assert (peer.logprobs(prompt) - expected).abs().max() < 0.05
-    times = peer.generate([prompt[:20], prompt[20:50]], 3)
+    peer.start([prompt[:20], prompt[20:40]])
+    assert peer.decode(3) > 0
+    tokens = peer.tokens
+    assert peer.decode(3) > 0
+    assert peer.tokens == tokens  # as before
+    assert peer.prefill(prompt[:30]) > 0
     peer.close()
-    assert times.prefill_s > 0
-    assert times.decode_s > 0
