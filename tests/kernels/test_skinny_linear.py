@@ -35,8 +35,8 @@ def layer(M, width, out, *, dtype=torch.float32, quantised=False, bias=True, see
 def assert_right(got, x, weight, bias, scales):
     """Within what rounding allows of float64: sums in float32 in any order, then one rounding to the dtype of x.
 
-    `in` products and the bias are summed: at most (in + 2) * 2**-24 of the sum of magnitudes, scale included. Above
-    MOST_ROWS rows an int8 weight is first rounded to the dtype of x, which moves each product by eps / 2.
+    `in` products and the bias are summed: at most (in + 2) * 2**-24 of the sum of magnitudes, scale included. Many rows
+    may go to torch with an int8 weight first rounded to the dtype of x, which moves each product by eps / 2.
     """
     assert got.dtype == x.dtype
     assert got.shape == (*x.shape[:-1], weight.shape[0])
@@ -48,7 +48,7 @@ def assert_right(got, x, weight, bias, scales):
         wanted, magnitude = wanted + bias.double().numpy(), magnitude + np.abs(bias.double().numpy())
     half = torch.finfo(x.dtype).eps / 2
     bound = (x.shape[-1] + 2) * 2.0**-24 * magnitude + half * np.abs(wanted) * (1 + half)
-    if scales is not None and x.shape[:-1].numel() > cpu.MOST_ROWS:
+    if scales is not None and x.shape[:-1].numel() > 16:
         bound += half * magnitude
     if x.dtype == torch.float16:
         bound += 2.0**-25  # half a step of its subnormals
@@ -59,7 +59,7 @@ def assert_right(got, x, weight, bias, scales):
 @st.composite
 def layers(draw):
     return layer(
-        draw(st.integers(1, 20)),
+        draw(st.integers(1, 20) | st.sampled_from([32, 33, 70])),
         draw(st.sampled_from([1, 8, 15, 16, 17, 32, 64]) | st.integers(1, 300)),
         draw(st.sampled_from([1, 3, 4, 5, 8]) | st.integers(1, 70)),
         dtype=draw(st.sampled_from(FLOATS)),
@@ -95,10 +95,10 @@ def test_a_layer_of_many_tasks_is_whole(dtype, quantised, threads):
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_row_does_not_depend_on_how_many_there_are(isa, dtype, quantised):
-    call = layer(7, 133, 42, dtype=dtype, quantised=quantised)
+    call = layer(16, 133, 42, dtype=dtype, quantised=quantised)
     together = cpu.skinny_linear(*call.values(), isa=isa)
-    for M in (1, 2, 3, 4, 5, 6):
-        for first in (0, 7 - M):
+    for M in range(1, 16):
+        for first in (0, 16 - M):
             some = {**call, "x": call["x"][first : first + M]}
             assert torch.equal(cpu.skinny_linear(*some.values(), isa=isa), together[first : first + M])
 
