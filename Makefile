@@ -6,6 +6,7 @@
 BIN := .venv/bin
 READY := .venv/ready
 JOBS ?= 2
+RESULTS := benchmarks/results
 FIND_PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PYTHON ?= $(FIND_PYTHON)
@@ -69,9 +70,10 @@ cuda-check:
 	@echo "CUDA sources compiled: $(words $(CUDA_SOURCES))"
 
 bench: $(READY)
-	$(BIN)/anabranch bench attention --json benchmarks/results/attention.json --plot benchmarks/results/attention.png
-	$(BIN)/anabranch bench linear --json benchmarks/results/linear.json
-	$(BIN)/anabranch bench engine --json benchmarks/results/engine.json
+	mkdir -p $(RESULTS)
+	$(BIN)/anabranch bench attention --json $(RESULTS)/attention.json --markdown $(RESULTS)/attention.md --plot $(RESULTS)/attention.png
+	$(BIN)/anabranch bench linear --json $(RESULTS)/linear.json --markdown $(RESULTS)/linear.md
+	$(BIN)/anabranch bench engine --json $(RESULTS)/engine.json --markdown $(RESULTS)/engine.md
 
 clean:
 	rm -rf .venv build dist engine/*.egg-info *.egg-info kernels/anabranch_kernels/*.so

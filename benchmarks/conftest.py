@@ -1,7 +1,7 @@
 """What the benchmarks share: the roofs of this machine, and how a contender is run under pytest-benchmark.
 
-    pytest benchmarks -n 0                       every contender of every op, grouped by case
-    pytest benchmarks/bench_skinny_linear.py --quick
+    pytest benchmarks                                  every contender of every op, grouped by case
+    pytest benchmarks/bench_skinny_linear.py --quick   only to see that it runs
 
 pytest-benchmark times contenders one after another. Figures for a claim come from `anabranch bench`, which takes them
 in turns.
