@@ -81,7 +81,7 @@ class LLM:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int | None = None,
         enable_prefix_caching: bool = True,
-        block_size: int = 32,
+        block_size: int = 64,
         seed: int = 0,
     ) -> None:
         folder = Path(model)

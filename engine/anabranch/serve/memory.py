@@ -9,6 +9,8 @@ from anabranch.models.config import ModelConfig
 from anabranch.serve.runner import cache_bytes_per_token
 
 FREE_SHARE = {"cpu": 0.5, "cuda": 0.85}  # of the free memory; the rest is for activations and for others
+GROUP = Path("/sys/fs/cgroup")  # of this process, as a container sees it
+UNLIMITED = 1 << 62
 
 
 def size_cache(
@@ -51,7 +53,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type != "cpu":
         free, _ = torch.get_device_module(device).mem_get_info(device)
         return int(free)
-    return min(_system_bytes(), _group_bytes(Path("/sys/fs/cgroup")))
+    return min(_system_bytes(), _group_bytes(GROUP))
 
 
 def _system_bytes() -> int:
@@ -68,5 +70,5 @@ def _group_bytes(group: Path) -> int:
     try:
         limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
     except OSError:
-        return 1 << 62
-    return (1 << 62) if limit.strip() == "max" else max(0, int(limit) - int(used))
+        return UNLIMITED
+    return UNLIMITED if limit.strip() == "max" else max(0, int(limit) - int(used))

@@ -227,9 +227,9 @@ def test_a_wrong_stream_is_refused_when_it_is_asked_for(llm):
         ({"cache_dtype": "int4"}, "cache_dtype must be 'auto' or 'int8', got 'int4'"),
         ({"max_model_len": 513}, r"max_model_len must be in \[2, 512\] for this model, got 513"),
         ({"max_model_len": 1}, "max_model_len must be in"),
-        ({"max_model_len": 512, "cache_bytes": 100_000}, "one sequence of 512 tokens needs 16: raise cache_bytes"),
+        ({"max_model_len": 512, "cache_bytes": 100_000}, "one sequence of 512 tokens needs 8: raise cache_bytes"),
         ({"cache_bytes": 10}, "10 bytes of cache hold 0 blocks"),
-        ({"max_num_seqs": 0}, "block_size and max_num_seqs must be at least 1, got 32 and 0"),
+        ({"max_num_seqs": 0}, "block_size and max_num_seqs must be at least 1, got 64 and 0"),
         ({"block_size": 0}, "must be at least 1, got 0 and 256"),
         ({"max_num_batched_tokens": 5}, "max_num_batched_tokens must be at least max_num_seqs=256, got 5"),
         ({"tokenizer": "/nowhere"}, "there is no tokenizer in '/nowhere'"),
@@ -261,7 +261,7 @@ def test_a_small_cache_shortens_sequences_unless_a_length_was_asked_for(folder):
 
 def test_the_cache_is_no_larger_than_what_can_be_used(folder):
     config = LLM(folder, max_num_seqs=3, max_model_len=100).engine.config
-    assert (config.num_blocks, config.max_model_len) == (3 * 4, 100)
+    assert (config.num_blocks, config.max_model_len) == (3 * 2, 100)
 
 
 def test_without_a_tokenizer_token_ids_still_work(folder, tmp_path):
