@@ -283,6 +283,8 @@ def _is_single(prompts: Any) -> bool:
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if isinstance(params, Mapping) or not all(isinstance(one, SamplingParams) for one in params):
+        raise ValueError(f"sampling_params must be SamplingParams, or a list of them, got {params!r}")
     if len(params) != count:
         raise ValueError(f"sampling_params must be one, or one for each of {count} prompts, got {len(params)}")
     return list(params)

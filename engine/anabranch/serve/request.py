@@ -58,6 +58,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        self._check_types()
         _check(self.n >= 1, "n", self.n, "at least 1")
         _check(0 <= self.temperature < math.inf, "temperature", self.temperature, "a number from 0")
         _check(self.top_k >= -1, "top_k", self.top_k, "at least 1, or 0 or -1 for all")
@@ -78,7 +79,21 @@ class SamplingParams:
             self.prompt_logprobs is None or self.prompt_logprobs >= -1,
             "prompt_logprobs", self.prompt_logprobs, "at least -1, or None",
         )  # fmt: skip
-        _check(all(isinstance(s, str) and s for s in self.stops), "stop", self.stop, "texts that are not empty")
+
+    def _check_types(self) -> None:
+        for name in ("n", "top_k", "min_tokens", "seed", "max_tokens", "logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            optional = name in ("seed", "max_tokens", "logprobs", "prompt_logprobs") and value is None
+            _check(optional or isinstance(value, int), name, value, "an integer")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
+            _check(isinstance(getattr(self, name), int | float), name, getattr(self, name), "a number")
+        for name in ("allowed_token_ids", "stop_token_ids"):
+            value = getattr(self, name)
+            _check(value is None or isinstance(value, list | tuple), name, value, "a list of token ids, or None")
+        texts = self.stop is None or isinstance(self.stop, str | list | tuple)
+        _check(
+            texts and all(isinstance(s, str) and s for s in self.stops), "stop", self.stop, "texts that are not empty"
+        )
 
     @property
     def greedy(self) -> bool:

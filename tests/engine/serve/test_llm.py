@@ -103,6 +103,8 @@ def test_each_prompt_may_have_its_own_parameters(llm):
     assert [[len(o.token_ids) for o in result.outputs] for result in results] == [[2], [3, 3]]
     with pytest.raises(ValueError, match="one for each of 2 prompts, got 1"):
         llm.generate(["a", "b"], [SamplingParams()])
+    with pytest.raises(ValueError, match="sampling_params must be SamplingParams, or a list of them"):
+        llm.generate("a", {"max_tokens": 3})
 
 
 def test_a_chat_goes_through_the_template(llm):

@@ -27,6 +27,13 @@ from anabranch.serve.request import SamplingParams
         ({"prompt_logprobs": -2}, "prompt_logprobs must be"),
         ({"stop": ""}, "stop must be texts that are not empty"),
         ({"stop": ["a", ""]}, "stop must be"),
+        ({"stop": 5}, "stop must be texts that are not empty, got 5"),
+        ({"max_tokens": 10.5}, "max_tokens must be an integer, got 10.5"),
+        ({"n": None}, "n must be an integer, got None"),
+        ({"seed": "x"}, "seed must be an integer"),
+        ({"seed": 2**70}, "seed must be in"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids, or None, got 5"),
     ],
 )
 def test_wrong_parameters_are_named(wrong, message):
