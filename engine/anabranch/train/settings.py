@@ -13,6 +13,8 @@ OPERATIONAL = frozenset({"out", "text", "resume", "time_limit_s", "checkpoint_ev
 class LMSettings:
     """One run. Fields that are not OPERATIONAL decide every bit of the result, together with the text.
 
+    The defaults are the recipe of the model in the package.
+
     text       files, folders or patterns; empty means the Python standard library of this interpreter
     held_out   share of the bytes kept from training, in whole files
     head_dim   width of every query, key and value head
@@ -25,24 +27,24 @@ class LMSettings:
     out: Path
     text: tuple[str, ...] = ()
     held_out: float = 0.05
-    hidden_size: int = 256
-    ffn_size: int = 384
+    hidden_size: int = 128
+    ffn_size: int = 320
     layers: int = 3
     q_heads: int = 8
     k_heads: int = 2
     v_heads: int = 4
-    head_dim: int = 32
-    q_intermediate_size: int | None = 128
-    augq_residual: bool = False
+    head_dim: int = 16
+    q_intermediate_size: int | None = 64
+    augq_residual: bool = True
     context: int = 512
-    batch: int = 4
-    steps: int = 5000
-    warmup: int = 150
-    lr: float = 3e-3
+    batch: int = 2
+    steps: int = 5400
+    warmup: int = 100
+    lr: float = 2e-3
     final_lr: float = 0.05
     weight_decay: float = 0.1
     beta1: float = 0.9
-    beta2: float = 0.98
+    beta2: float = 0.99
     clip: float = 1.0
     init_std: float | None = None
     seed: int = 0
@@ -50,7 +52,7 @@ class LMSettings:
     device: str = "cpu"
     log_every: int = 50
     evaluate_every: int = 500
-    evaluate_windows: int = 64
+    evaluate_windows: int = 48
     checkpoint_every_s: float = 120.0
     time_limit_s: float | None = None
     resume: bool = False

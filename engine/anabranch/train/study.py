@@ -56,6 +56,7 @@ def settings_for(variant: Variant, seed: int, runs: Path, *, steps: int) -> LMSe
         v_heads=variant.v_heads,
         head_dim=16,
         q_intermediate_size=None,
+        augq_residual=False,
         context=256,
         batch=2,
         steps=steps,
@@ -63,6 +64,7 @@ def settings_for(variant: Variant, seed: int, runs: Path, *, steps: int) -> LMSe
         lr=2e-3,
         beta2=0.99,
         evaluate_every=max(1, steps // 4),
+        evaluate_windows=64,
         seed=seed,
         weights="float32",
     )

@@ -48,6 +48,8 @@ def tiny(text: Path, out: Path, **changes: object) -> LMSettings:
         v_heads=2,
         head_dim=8,
         q_intermediate_size=16,
+        augq_residual=False,
+        lr=3e-3,
         context=32,
         batch=4,
         steps=12,

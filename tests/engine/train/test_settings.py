@@ -22,7 +22,7 @@ def parse(line: str) -> LMSettings:
     [
         LMSettings(out=Path("runs/a")),
         LMSettings(out=Path("a b"), text=("x.txt", "src/**/*.py"), lr=1e-3, k_heads=1, progress=False, plot=True),
-        LMSettings(out=Path("a"), q_intermediate_size=None, init_std=0.02, augq_residual=True, time_limit_s=90.0),
+        LMSettings(out=Path("a"), q_intermediate_size=None, init_std=0.02, augq_residual=False, time_limit_s=90.0),
         LMSettings(out=Path("a"), weights="float32", checkpoint_every_s=5.0, seed=3),
     ],
 )
