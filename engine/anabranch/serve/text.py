@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 REPLACEMENT = "\ufffd"  # what a tokenizer decodes a part of a character to
 CONTEXT = 6  # tokens decoded again with a new one: enough for a character's bytes and for spaces between words
 WINDOW = 24  # tokens decoded at once before the window moves up, at the end of a character
+BYTES = 4  # of the longest character
 LIMIT = 256  # the same when no character ends: bytes that are no text
 
 
@@ -41,13 +42,12 @@ class TextStream:
         text, also later.
         """
         self._tokens += tokens
-        window = self._decode(self._tokens)
-        whole = window.rstrip(REPLACEMENT)
+        whole, clean = self._read(self._tokens)
         before = len(self.text)
         if len(whole) > self._shown:
             self.text += whole[self._shown :]
             self._shown = len(whole)
-        if len(self._tokens) > (WINDOW if len(whole) == len(window) else LIMIT):
+        if len(self._tokens) > (WINDOW if clean else LIMIT):
             self._restart(self._tokens)
         if not watch:
             self._search_from = len(self.text)
@@ -63,12 +63,26 @@ class TextStream:
 
     def _restart(self, tokens: list[int]) -> None:
         """Keep the last tokens only, from where a character begins: that is at most three bytes further back."""
-        for size in range(CONTEXT, CONTEXT + 4):
-            window = self._decode(tokens[-size:]) if tokens else ""
-            if not window.startswith(REPLACEMENT):
+        for size in range(CONTEXT, CONTEXT + BYTES):
+            self._tokens = tokens[-size:]
+            whole, _ = self._read(self._tokens)
+            if whole and not whole.startswith(REPLACEMENT):
                 break
-        self._tokens = tokens[-size:]
-        self._shown = len(window.rstrip(REPLACEMENT))
+        self._shown = len(whole)
+
+    def _read(self, tokens: list[int]) -> tuple[str, bool]:
+        """The text up to its last whole character, and whether that is all of it.
+
+        An unfinished character may spoil the finished ones beside it (byte fallback gives U+FFFD for each byte of the
+        run), so up to three tokens are also left out.
+        """
+        best = ""
+        for end in range(len(tokens), max(len(tokens) - BYTES, 0), -1):
+            window = self._decode(tokens[:end])
+            best = max(best, window.rstrip(REPLACEMENT), key=len)
+            if not window.endswith(REPLACEMENT):
+                return best, end == len(tokens)
+        return best, False
 
     def _cut(self, before: int) -> str | None:
         """Look for the stop text that ends first, of several the longest, and cut there."""

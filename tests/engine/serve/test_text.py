@@ -59,7 +59,7 @@ def test_pieces_are_whole_characters_and_make_up_the_text(kind, text, data):
     before = TOKENIZERS[kind].decode(ids[:at]).rstrip("\ufffd")
     assert TOKENIZERS[kind].decode(ids) == text
     assert text.endswith(stream.text)
-    if kind == "byte-level":  # the other drops a space at the start, and a broken character spoils the bytes beside it
+    if kind == "byte-level":  # the other tokenizer decodes a broken character and those beside it to U+FFFD
         assert before + stream.text == text
 
 
@@ -67,6 +67,7 @@ def test_pieces_are_whole_characters_and_make_up_the_text(kind, text, data):
 @given(texts, st.data())
 def test_the_division_into_calls_does_not_matter(kind, text, data):
     ids = TOKENIZERS[kind].encode(text).ids
+    ids = ids[: data.draw(st.integers(1, len(ids)))]  # the last character may be broken off
     at = data.draw(st.integers(0, len(ids)))
     whole = stream_of(kind, ids, at)
     whole.feed(ids[at:])
