@@ -19,7 +19,8 @@ from torch import Tensor
 from anabranch.serve.request import SamplingParams
 
 NO_TOKEN = -1  # for a row without a distribution: NaN among its logits
-SEGMENT = 128  # tokens summed before the cumulative distribution is searched
+DIRECT = 1024  # tokens up to which the cumulative distribution is searched as a whole
+SEGMENT = 128  # tokens summed first when there are more
 
 
 def choose(p: Tensor, params: list[SamplingParams], uniforms: list[float]) -> list[int]:
@@ -55,12 +56,17 @@ def _floor(p: NDArray[np.float32], params: SamplingParams) -> float:
 
 
 def _search(weights: NDArray[np.float32], uniform: float) -> int:
-    """First index at which the cumulative share passes `uniform`; never one of weight 0.
-
-    Sums segments first and searches inside one: a quarter of the time of a cumulative sum over 128 000 tokens.
-    """
-    if len(weights) == 0:
+    """First index at which the cumulative share passes `uniform`; never one of weight 0."""
+    if len(weights) > DIRECT:
+        return _search_segments(weights, uniform)
+    up_to = weights.cumsum(dtype=np.float64)
+    if not (len(weights) and up_to[-1] > 0):
         return NO_TOKEN
+    return int(up_to.searchsorted(uniform * up_to[-1], "right"))
+
+
+def _search_segments(weights: NDArray[np.float32], uniform: float) -> int:
+    """The same by sums of segments, then inside one: a quarter of the time for 128 000 tokens."""
     up_to = np.add.reduceat(weights, np.arange(0, len(weights), SEGMENT), dtype=np.float64).cumsum()
     if not up_to[-1] > 0:
         return NO_TOKEN

@@ -137,18 +137,16 @@ class Scheduler(Generic[S]):
         while index < len(running):  # pre-emption shortens it at the end
             seq = running[index]
             count = min(len(seq.tokens) - seq.computed, budget)
-            if not self._make_room(seq, seq.computed + count, step):
+            need = self._blocks_for(seq.computed + count) - len(seq.blocks)
+            if need > 0 and not self._make_room(seq, need, step):
                 break
             self._put(step, seq, count)
             budget -= count
             index += 1
         return budget
 
-    def _make_room(self, seq: S, tokens: int, step: Step[S]) -> bool:
-        """Blocks for the first `tokens` tokens, at the newest sequence's cost. False if that was `seq` itself."""
-        need = self._blocks_for(tokens) - len(seq.blocks)
-        if need <= 0:
-            return True
+    def _make_room(self, seq: S, need: int, step: Step[S]) -> bool:
+        """So many more blocks, if need be at the newest sequence's cost. False if that was `seq` itself."""
         while self.pool.num_free < need:
             victim = self.running[-1]
             self._preempt(victim)

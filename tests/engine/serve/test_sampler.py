@@ -136,7 +136,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_frequencies_follow_the_distribution(name):
-    params, N, V = CASES[name], 10_000, 300  # three segments of the cumulative sum, the last one not full
+    params, N, V = CASES[name], 10_000, 1300  # enough for segments, the last one not full
     logits = 1.5 * torch.randn(V, generator=torch.Generator().manual_seed(2))
     want = brute_force(logits, params, [1], ())
     draws = [draw(params, [1], seed=seed) for seed in range(N)]
@@ -232,7 +232,7 @@ def test_a_row_of_nan_has_no_token_and_harms_no_other():
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("V", [1, 127, 128, 129, 1000])
+@pytest.mark.parametrize("V", [1, 127, 1024, 1025, 1152, 3000])
 def test_inversion_hits_both_ends_and_never_a_weight_of_zero(version, V):
     generator = torch.Generator().manual_seed(V)
     p = torch.rand(300, V, generator=generator) * (torch.rand(300, V, generator=generator) < 0.1)
