@@ -22,19 +22,19 @@ from . import reference
 
 LOG2E = 1.4426950408889634
 
-# Dk + Dv in 16-bit elements (float32 counts twice) -> rows, keys, warps, stages.
-FORWARD = ((128, (128, 128, 8, 3)), (256, (128, 64, 8, 3)), (512, (64, 32, 4, 2)), (float("inf"), (32, 16, 4, 2)))
-BACKWARD = ((128, (64, 128, 8, 2)), (256, (64, 64, 8, 2)), (512, (32, 32, 4, 2)), (float("inf"), (16, 16, 4, 2)))
+# Dk + Dv (three times that in float32, whose products are three of tf32) -> queries, keys, warps, stages of a program.
+TILES = {
+    "forward": ((128, (128, 128, 8, 3)), (256, (128, 64, 8, 3)), (512, (64, 32, 4, 2)), (1 << 30, (16, 16, 8, 2))),
+    "dq": ((128, (128, 64, 8, 2)), (256, (128, 64, 8, 2)), (512, (64, 32, 4, 2)), (1 << 30, (16, 16, 8, 2))),
+    "dkv": ((128, (32, 128, 8, 2)), (256, (32, 64, 8, 2)), (512, (32, 32, 8, 2)), (1 << 30, (16, 16, 8, 2))),
+}
 
 
 def plan(kernel: str, Hq: int, Hk: int, Hv: int, Dk: int, Dv: int, dtype: torch.dtype, *, causal: bool) -> Plan:
     """Launch of "forward", "dq" or "dkv"."""
     DK_PAD, DV_PAD = (max(16, triton.next_power_of_2(D)) for D in (Dk, Dv))
-    weight = (DK_PAD + DV_PAD) * dtype.itemsize // 2
-    tiles = FORWARD if kernel == "forward" else BACKWARD
-    rows, keys, warps, stages = next(tile for limit, tile in tiles if weight <= limit)
-    if kernel == "dq":
-        rows, keys = keys, rows
+    weight = (DK_PAD + DV_PAD) * (3 if dtype == torch.float32 else 1)
+    rows, keys, warps, stages = next(tile for limit, tile in TILES[kernel] if weight <= limit)
     constants = {
         "HQ": Hq, "HK": Hk, "HV": Hv, "DK": Dk, "DV": Dv, "DK_PAD": DK_PAD, "DV_PAD": DV_PAD, "CAUSAL": causal,
         "BLOCK_M": rows, "BLOCK_N": keys,
@@ -54,10 +54,10 @@ def _rows(x, head_offset, row, token_stride, limit, D: tl.constexpr, D_PAD: tl.c
 
 @triton.jit
 def _visible(row, key, T, S, window, CAUSAL: tl.constexpr):
-    """[rows, keys] which of the keys each query sees; causal is aligned to the last key."""
-    seen = (row < T)[:, None] & (key < S)[None, :]
+    """Which of the keys each query sees, rows and keys in either axis; causal is aligned to the last key."""
+    seen = (row < T) & (key < S)
     if CAUSAL:
-        behind = row[:, None] + (S - T) - key[None, :]
+        behind = row + (S - T) - key
         seen = seen & (behind >= 0) & (behind < window)
     return seen
 
@@ -74,7 +74,7 @@ def _softmax_over(
         values = _rows(v, v_head, key, v_token, S, DV, DV_PAD)
         s = tl.dot(query, tl.trans(keys), input_precision="tf32x3") * scale
         if MASKED:
-            s = tl.where(_visible(row, key, T, S, window, CAUSAL), s, float("-inf"))
+            s = tl.where(_visible(row[:, None], key[None, :], T, S, window, CAUSAL), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(s - finite[:, None])
@@ -158,7 +158,7 @@ def dq_kernel(
         keys = _rows(k, k_at, key, k_token, S, DK, DK_PAD)
         values = _rows(v, v_at, key, v_token, S, DV, DV_PAD)
         s = tl.dot(query, tl.trans(keys), input_precision="tf32x3") * (scale * 1.4426950408889634)
-        p = tl.where(_visible(row, key, T, S, window, CAUSAL), tl.exp2(s - row_lse[:, None]), 0.0)
+        p = tl.where(_visible(row[:, None], key[None, :], T, S, window, CAUSAL), tl.exp2(s - row_lse[:, None]), 0.0)
         dp = tl.dot(g, tl.trans(values), input_precision="tf32x3")
         ds = p * (dp - row_delta[:, None])
         sums = tl.dot(ds.to(keys.dtype), keys, sums, input_precision="tf32x3")
@@ -202,7 +202,7 @@ def dkv_kernel(
             row_lse = tl.load(lse + flat, mask=row < T, other=0.0) * 1.4426950408889634
             row_delta = tl.load(delta + flat, mask=row < T, other=0.0)
             s = tl.dot(keys, tl.trans(query), input_precision="tf32x3") * (scale * 1.4426950408889634)
-            seen = tl.trans(_visible(row, key, T, S, window, CAUSAL))
+            seen = _visible(row[None, :], key[:, None], T, S, window, CAUSAL)
             p = tl.where(seen, tl.exp2(s - row_lse[None, :]), 0.0)
             v_sums = tl.dot(p.to(g.dtype), g, v_sums, input_precision="tf32x3")
             dp = tl.dot(values, tl.trans(g), input_precision="tf32x3")

@@ -36,9 +36,10 @@ from .gpu_pages import (
 
 # Weight of one token in a tile, in 16-bit elements held in registers -> tokens in a tile.
 TILES = ((160, 128), (320, 64), (640, 32), (float("inf"), 16))
-# Two programs share a multiprocessor, each with this much on its way: latency times bandwidth is 25 KiB on an H200.
-IN_FLIGHT = 80 * 1024
+# Two programs share a multiprocessor and may have all its registers. Each keeps two tiles on their way, 20 to 80 KiB:
+# what an H200 needs there, latency times bandwidth, is 25 KiB.
 PROGRAMS_PER_SM = 2
+SHORT = 4  # new tokens of a sequence up to which this kernel takes it from a mixed batch
 TARGET_UNITS = 256  # a lone sequence should fill a large GPU: about two units for each of its multiprocessors
 
 
@@ -61,10 +62,8 @@ def plan(
     *, pack: int,
 ) -> Plan:  # fmt: skip
     ROWS, R = heads_per_unit(Hq, Hk, Hv, Dv)
-    bytes_per_token = Dk * k.itemsize + R * Dv * v.itemsize
     weight = Dk * element_weight(q, k, scaled=False) + R * Dv * element_weight(q, v, scaled=True)
     block = next(tokens for limit, tokens in TILES if weight <= limit)
-    stages = 1 + min(max(IN_FLIGHT // (block * bytes_per_token), 1), 4)
     items = Hq // ROWS
     constants = {
         "HQ": Hq, "HK": Hk, "HV": Hv, "DK": Dk, "DV": Dv, "PAGE": page, "ROWS": ROWS, "R": R,
@@ -80,7 +79,7 @@ def plan(
         "QK_TYPE": dot_type(q, k, scaled=False),
         "PV_TYPE": dot_type(q, v, scaled=True),
     }  # fmt: skip
-    return Plan(constants=constants, num_warps=4, num_stages=stages)
+    return Plan(constants=constants, num_warps=4, num_stages=3, max_registers=255)
 
 
 @triton.jit
@@ -263,6 +262,7 @@ def decode(
         scale * LOG2E, window, longest or T, T, B, k_cache.shape[0], page_table.shape[1],
         *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], page_table.stride(0),
         **split.constants, num_warps=split.num_warps, num_stages=split.num_stages,
+        maxnreg=split.max_registers,
     )  # fmt: skip
     merge_kernel[rows, Hq](
         partial, partial_lse, out, lse, seq_lens, cu_seqlens_q, window, longest or T, T, B, page_table.shape[1],

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 LOG2E = 1.4426950408889634
+EVERYTHING = 1 << 30  # a window no sequence reaches
 
 
 def dot_type(query: torch.dtype, cache: torch.dtype, *, scaled: bool) -> tl.dtype:

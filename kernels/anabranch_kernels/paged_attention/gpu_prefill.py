@@ -31,7 +31,7 @@ from .gpu_pages import (
     slot_of,
 )
 
-# Registers of a row of the sums and of a token (Dk + Dv weighted) -> rows, tokens in a tile, warps, stages.
+# Weight of one token in a tile, in 16-bit elements held in registers -> rows, tokens in a tile, warps, stages.
 TILES = ((128, (128, 128, 8, 3)), (256, (128, 64, 8, 3)), (512, (64, 32, 4, 2)), (float("inf"), (32, 16, 4, 2)))
 
 
@@ -42,6 +42,8 @@ def plan(
     G = largest_divisor(gcd(Hq // Hk, Hq // Hv), 16)
     DK_PAD, DV_PAD = (max(16, triton.next_power_of_2(D)) for D in (Dk, Dv))
     weight = DK_PAD * element_weight(q, k, scaled=False) + DV_PAD * element_weight(q, v, scaled=True)
+    if tl.float32 in (dot_type(q, k, scaled=False), dot_type(q, v, scaled=True)):
+        weight *= 1.5  # a float32 product is three of tf32
     rows, block, warps, stages = next(tile for limit, tile in TILES if weight <= limit)
     constants = {
         "HQ": Hq, "HK": Hk, "HV": Hv, "DK": Dk, "DV": Dv, "PAGE": page, "G": G, "BQ": rows // G,

@@ -1,0 +1,306 @@
+"""Compile every Triton kernel in its shipped configurations for a GPU that need not be there, and judge the result.
+
+    python -m anabranch_kernels.gpu_check [--arch 90] [--json FILE] [--jobs N] [--only SUBSTRING]
+
+Fails (exit status 1) on a kernel that does not compile, spills registers to local memory, asks for more shared memory
+than the multiprocessor has, or leaves no room for the programs that its launcher puts there side by side. The table
+also counts what the compiler made of loads and products: 16-byte copies to shared memory (cp.async), warp-group
+products (wgmma) and warp products (mma).
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .launch import Plan
+
+SHARED_BYTES = 227 * 1024  # what one program may have on sm_90; a multiprocessor has 228 KiB
+REGISTERS = 65536
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8"}
+# Arguments of all kernels that are not tensors of a case's own dtypes. Strides are multiples of 16 in every case.
+FIXED: dict[str, str | None] = {
+    **dict.fromkeys(("page_table", "seq_lens", "cu_seqlens_q"), "*i32"),
+    **dict.fromkeys(("slots", "chosen"), "*i64"),
+    **dict.fromkeys(("partial", "partial_lse", "lse", "scores", "shares", "delta"), "*fp32"),
+    **dict.fromkeys(("window", "longest", "shortest", "T", "S", "B", "P", "max_pages", "first_row", "kept"), "i32"),
+    "scale": "fp32",
+}
+STRIDE = re.compile(r"(q|k|v|g|table|score)_(batch|token|head|page|slot|row)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One kernel in one configuration.
+
+    module, kernel   where the kernel is
+    types            Triton type of each argument that is not a stride or in FIXED; None for an argument left out
+    residents        programs that must fit one multiprocessor together
+    """
+
+    name: str
+    module: str
+    kernel: str
+    plan: Plan
+    types: dict[str, str | None]
+    residents: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    warps: int
+    stages: int
+    cp_async_16: int
+    wgmma: int
+    mma: int
+
+    @property
+    def residents(self) -> int:
+        """Programs of this kernel that fit one multiprocessor by registers and shared memory."""
+        by_registers = REGISTERS // max(1, -(-self.registers // 8) * 8 * self.warps * 32)
+        return min(by_registers, (SHARED_BYTES + 1024) // (self.shared_bytes + 1024), 64 // self.warps)
+
+
+def judge(resources: Resources, wanted: int) -> list[str]:
+    """What is wrong with a compiled kernel, in words; nothing for one that may ship."""
+    wrong = []
+    if resources.spill_bytes:
+        wrong.append(f"{resources.spill_bytes} bytes of registers spilled")
+    if resources.shared_bytes > SHARED_BYTES:
+        wrong.append(f"{resources.shared_bytes} bytes of shared memory, {SHARED_BYTES} allowed")
+    elif resources.residents < wanted:
+        wrong.append(f"{resources.residents} programs fit a multiprocessor, {wanted} are launched")
+    return wrong
+
+
+def _dtypes(q: torch.dtype, k: torch.dtype, v: torch.dtype) -> dict[str, str | None]:
+    return {
+        "q": POINTERS[q], "out": POINTERS[q], "k_cache": POINTERS[k], "v_cache": POINTERS[v],
+        "k_scales": "*fp32" if k == torch.int8 else None, "v_scales": "*fp32" if v == torch.int8 else None,
+    }  # fmt: skip
+
+
+def _name(dtype: torch.dtype) -> str:
+    return POINTERS[dtype].removeprefix("*")
+
+
+BF16, F16, F32, I8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
+SIGMA_1B, SIGMA_10B = (32, 4, 16, 64, 64), (32, 4, 16, 128, 128)
+# Shapes (Hq, Hk, Hv, Dk, Dv), page size, dtypes of q, K and V.
+PAGED = (
+    (SIGMA_1B, 16, (BF16, BF16, BF16)),
+    (SIGMA_1B, 64, (BF16, BF16, BF16)),
+    (SIGMA_1B, 64, (F16, F16, F16)),
+    (SIGMA_1B, 16, (BF16, I8, I8)),
+    (SIGMA_1B, 64, (BF16, I8, BF16)),
+    (SIGMA_1B, 16, (F32, F32, F32)),
+    ((32, 4, 16, 32, 64), 64, (BF16, BF16, BF16)),  # keys of half the width
+    ((32, 16, 16, 64, 64), 64, (BF16, BF16, BF16)),  # the twin with as many K as V heads
+    (SIGMA_10B, 16, (BF16, BF16, BF16)),
+    (SIGMA_10B, 64, (BF16, BF16, BF16)),
+    (SIGMA_10B, 64, (BF16, I8, I8)),
+    ((32, 8, 8, 128, 128), 16, (BF16, BF16, BF16)),  # Llama 3.1 8B
+    ((32, 2, 8, 128, 128), 64, (BF16, BF16, BF16)),  # the same, converted
+    ((28, 4, 4, 128, 128), 16, (BF16, BF16, BF16)),  # Qwen2 7B
+    ((24, 8, 3, 96, 128), 64, (BF16, BF16, BF16)),  # neither head count divides the other
+    ((16, 1, 1, 192, 128), 64, (BF16, BF16, BF16)),
+)
+DENSE = (
+    (SIGMA_1B, BF16),
+    (SIGMA_10B, BF16),
+    (SIGMA_1B, F32),
+    ((24, 8, 3, 96, 128), F16),
+    ((8, 2, 8, 64, 64), BF16),
+    (SIGMA_10B, F32),
+)
+
+
+def cases() -> Iterator[Case]:
+    """Every shipped configuration, from the plans that the launchers make."""
+    yield from _paged_cases()
+    yield from _dense_cases()
+
+
+def _paged_cases() -> Iterator[Case]:
+    from .paged_attention import gpu_decode, gpu_prefill, gpu_select, gpu_store
+
+    package = "anabranch_kernels.paged_attention"
+    for shape, page, (q, k, v) in PAGED:
+        Hq, Hk, Hv, Dk, Dv = shape
+        label = f"{Hq}/{Hk}/{Hv} {Dk}/{Dv} page {page} {_name(q)}/{_name(k)}/{_name(v)}"
+        types = _dtypes(q, k, v)
+        split = gpu_decode.plan(*shape, page, q, k, v, 64, pack=0)
+        yield Case(
+            name=f"decode {label}",
+            module=f"{package}.gpu_decode",
+            kernel="split_kernel",
+            plan=split,
+            types=types,
+            residents=gpu_decode.PROGRAMS_PER_SM,
+        )
+        plan = gpu_prefill.plan(*shape, page, q, k, v, 64, windowed=False)
+        yield Case(
+            name=f"prefill {label}", module=f"{package}.gpu_prefill", kernel="prefill_kernel", plan=plan, types=types
+        )
+    for shape, page, (q, k, v), B in ((*PAGED[1], 2048), (*PAGED[9], 1)):
+        Hq, Hk, Hv, Dk, Dv = shape
+        label = f"{Hq}/{Hk}/{Hv} {Dk}/{Dv}"
+        types = _dtypes(q, k, v)
+        mixed = gpu_decode.plan(*shape, page, q, k, v, B, pack=gpu_decode.SHORT)
+        windowed = gpu_prefill.plan(*shape, page, q, k, v, B, windowed=True)
+        score = gpu_select.plan(Hq, Hk, Dk, page, q, k, B)
+        gather = gpu_select.gather_plan(Hq, Hv, Dv, page, B)
+        store = gpu_store.plan(Hk, Hv, Dk, Dv, page)
+        new_rows = types | {"k": POINTERS[q], "v": POINTERS[q]}
+        quantised = new_rows | _dtypes(q, I8, I8)
+        for name, module, kernel, plan, arguments in (
+            (f"decode in a mixed batch {label}", "gpu_decode", "split_kernel", mixed, types),
+            (f"merge {label}", "gpu_decode", "merge_kernel", gpu_decode.merge_plan(mixed), types),
+            (f"prefill windowed {label}", "gpu_prefill", "prefill_kernel", windowed, types),
+            (f"score {label}", "gpu_select", "score_kernel", score, types),
+            (f"gather {label}", "gpu_select", "gather_kernel", gather, types),
+            (f"store {label}", "gpu_store", "store_kernel", store, new_rows),
+            (f"store int8 {label}", "gpu_store", "store_kernel", store, quantised),
+        ):
+            yield Case(name=name, module=f"{package}.{module}", kernel=kernel, plan=plan, types=arguments)
+
+
+def _dense_cases() -> Iterator[Case]:
+    from .attention import gpu
+
+    for shape, dtype in DENSE:
+        Hq, Hk, Hv, Dk, Dv = shape
+        names = ("q", "k", "v", "out", "grad", "dq", "dk", "dv")
+        types: dict[str, str | None] = dict.fromkeys(names, POINTERS[dtype])
+        for kernel in ("forward", "dq", "dkv"):
+            yield Case(
+                name=f"{kernel} {Hq}/{Hk}/{Hv} {Dk}/{Dv} {_name(dtype)}",
+                module="anabranch_kernels.attention.gpu",
+                kernel=f"{kernel}_kernel",
+                plan=gpu.plan(kernel, *shape, dtype, causal=True),
+                types=types,
+            )
+
+
+def kind_of(argument: str, case: Case) -> str | None:
+    """Triton type of a kernel's argument; None for one that is a constant or left out."""
+    if argument in case.plan.constants:
+        return None
+    for kinds in (case.types, FIXED):
+        if argument in kinds:
+            return kinds[argument]
+    if STRIDE.fullmatch(argument):
+        return "i32"
+    raise ValueError(f"{case.kernel} has an argument {argument!r} of unknown type")
+
+
+def compile_case(case: Case, arch: int) -> Resources:
+    """Build one kernel down to machine code and read what it takes."""
+    from importlib import import_module
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(import_module(case.module), case.kernel)
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, name in enumerate(kernel.arg_names):
+        kind = kind_of(name, case)
+        if kind is None:
+            signature[name], constants[i,] = "constexpr", case.plan.constants.get(name)
+            continue
+        signature[name] = kind
+        if kind.startswith("*") or STRIDE.fullmatch(name):
+            attributes[i,] = [["tt.divisibility", 16]]
+    plan = case.plan
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "maxnreg": plan.max_registers}
+    built = triton.compile(
+        ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", arch, 32), options=options
+    )
+    registers, spilled = _resource_usage(built.asm["cubin"], Path(triton.__file__).parent)
+    ptx = built.asm["ptx"]
+    return Resources(
+        registers=registers,
+        spill_bytes=spilled,
+        shared_bytes=built.metadata.shared,
+        warps=case.plan.num_warps,
+        stages=case.plan.num_stages,
+        cp_async_16=len(re.findall(r"cp\.async\.c[ag]\.shared\.global[^,]*,[^,]*, *(?:16|0x10)\b", ptx)),
+        wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
+        mma=len(re.findall(r"\bmma\.sync", ptx)),
+    )
+
+
+def _resource_usage(cubin: bytes, triton_folder: Path) -> tuple[int, int]:
+    """Registers of a thread, and bytes of local memory that it spills to, by the cuobjdump that Triton carries."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton_folder / "backends" / "nvidia" / "bin" / "cuobjdump"
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout)
+    if not found:
+        raise RuntimeError(f"no resource usage in the output of {tool}: {done.stdout!r}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def attempt(case: Case, arch: int) -> Resources | str:
+    try:
+        return compile_case(case, arch)
+    except Exception as error:  # whatever the compiler raises is this case's result
+        return f"{type(error).__name__}: {error}"
+
+
+def _row(case: Case, result: Resources | str) -> tuple[str, bool]:
+    if isinstance(result, str):
+        return f"{case.name:<58} {result}", False
+    wrong = judge(result, case.residents)
+    numbers = (result.registers, result.spill_bytes, f"{result.shared_bytes / 1024:.0f}", result.warps, result.stages,
+               result.residents, result.cp_async_16, result.wgmma, result.mma)  # fmt: skip
+    return f"{case.name:<58}" + "".join(f"{value:>7}" for value in numbers) + f"  {'; '.join(wrong) or 'ok'}", not wrong
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, default=90, help="compute capability times ten (default 90)")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    options = parser.parse_args(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+    chosen = [case for case in cases() if options.only in case.name]
+    titles = ("regs", "spill", "KiB", "warps", "stages", "per SM", "cp16", "wgmma", "mma")
+    print(f"{f'sm_{options.arch}':<58}" + "".join(f"{title:>7}" for title in titles))
+    good, table = True, []
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        for case, result in zip(chosen, pool.map(attempt, chosen, [options.arch] * len(chosen)), strict=True):
+            line, fine = _row(case, result)
+            print(line, flush=True)
+            good &= fine
+            outcome = {"error": result} if isinstance(result, str) else asdict(result)
+            table.append({"name": case.name, "kernel": case.kernel, "ok": fine, **outcome})
+    if options.json:
+        options.json.write_text(json.dumps({"arch": options.arch, "cases": table}, indent=1) + "\n")
+    print(f"{len(chosen)} kernels, {sum(not row['ok'] for row in table)} not fit to ship")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
