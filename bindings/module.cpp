@@ -11,6 +11,7 @@
 #include "paged_attention.h"
 #include "parallel.h"
 #include "skinny_linear.h"
+#include "views.h"
 
 namespace py = pybind11;
 using namespace anabranch;
@@ -37,18 +38,9 @@ Isa isa_of(const std::string& name) {
   throw py::value_error("unknown instruction set '" + name + "'");
 }
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 void raise_if(const std::string& wrong) {
   if (!wrong.empty()) throw py::value_error(wrong);
 }
-
-// A tensor arrives as {address, type, strides of all dimensions but the last}.
-using Rows3 = std::array<int64_t, 4>;
-using Cache = std::array<int64_t, 5>;
 
 void attend(const Rows3& q, const Cache& k, const Cache& v, uintptr_t k_scales, uintptr_t v_scales,
             const std::array<int64_t, 2>& page_table, uintptr_t seq_lens, uintptr_t cu_seqlens_q, uintptr_t out,
@@ -74,15 +66,7 @@ void attend(const Rows3& q, const Cache& k, const Cache& v, uintptr_t k_scales, 
 
 void store(const Rows3& k, const Rows3& v, const Cache& k_cache, const Cache& v_cache, uintptr_t k_scales,
            uintptr_t v_scales, uintptr_t slots, const std::array<int, 7>& sizes, int threads) {
-  StoreCall c{};
-  c.k = pointer<void>(k[0]), c.k_type = static_cast<Type>(k[1]), c.k_token = k[2], c.k_head = k[3];
-  c.v = pointer<void>(v[0]), c.v_type = static_cast<Type>(v[1]), c.v_token = v[2], c.v_head = v[3];
-  c.k_cache = pointer<void>(k_cache[0]), c.k_cache_type = static_cast<Type>(k_cache[1]);
-  c.k_page = k_cache[2], c.k_cache_head = k_cache[3], c.k_slot = k_cache[4];
-  c.v_cache = pointer<void>(v_cache[0]), c.v_cache_type = static_cast<Type>(v_cache[1]);
-  c.v_page = v_cache[2], c.v_cache_head = v_cache[3], c.v_slot = v_cache[4];
-  c.k_scales = pointer<float>(k_scales), c.v_scales = pointer<float>(v_scales), c.slots = pointer<int64_t>(slots);
-  c.T = sizes[0], c.Hk = sizes[1], c.Hv = sizes[2], c.Dk = sizes[3], c.Dv = sizes[4], c.P = sizes[5], c.page = sizes[6];
+  const StoreCall c = store_call(k, v, k_cache, v_cache, k_scales, v_scales, slots, sizes);
   py::gil_scoped_release release;
   const std::string wrong = store_kv(c, threads);
   py::gil_scoped_acquire acquire;

@@ -491,22 +491,22 @@ class AttentionKernel {
   }
 
   template <class T>
-  void add_direct(int h, int size, int row) {
+  void add_direct(int h, int size, int row, int rows) {
     float scales[kTile];
     if constexpr (sizeof(T) == 1)
       for (int j = 0; j < size; ++j) scales[j] = v_scale(h, j);
     const T* base = static_cast<const T*>(c_.v) + h * c_.v_head;
     int d = 0;
-    for (; d + 4 * W <= c_.Dv; d += 4 * W) add_columns<T, 4>(base, scales, d, size, row);
-    for (; d + 2 * W <= c_.Dv; d += 2 * W) add_columns<T, 2>(base, scales, d, size, row);
-    for (; d < c_.Dv; d += W) add_columns<T, 1>(base, scales, d, size, row);
+    for (; d + 4 * W <= c_.Dv; d += 4 * W) add_columns<T, 4>(base, scales, d, size, row, rows);
+    for (; d + 2 * W <= c_.Dv; d += 2 * W) add_columns<T, 2>(base, scales, d, size, row, rows);
+    for (; d < c_.Dv; d += W) add_columns<T, 1>(base, scales, d, size, row, rows);
   }
 
   template <class T, int C>
-  void add_columns(const T* base, const float* scales, int d, int size, int row) {
-    for (int done = 0; done < v_rows_;) {
+  void add_columns(const T* base, const float* scales, int d, int size, int row, int rows) {
+    for (int done = 0; done < rows;) {
       const Matrix p = scores(row + done), to{sum(row + done).data + d, Dv_};
-      const int left = v_rows_ - done;
+      const int left = rows - done;
       if (left >= 4) {
         add_rows<S, T, 4, C>(base + d, now_->v, scales, size, p, to, ahead_);
         done += 4;
@@ -526,7 +526,8 @@ class AttentionKernel {
       const int v_head = item_.group * v_heads + h;
       if (v_direct_) {
         with_type(c_.v_type, [&](auto* type) {
-          add_direct<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(v_head, size, h * v_rows_);
+          using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+          for_rows(h * shared, shared, first, [&](int row, int rows) { add_direct<T>(v_head, size, row, rows); });
         });
         continue;
       }

@@ -13,6 +13,7 @@
 
 #include "aligned.h"
 #include "parallel.h"
+#include "store_row.h"
 
 namespace anabranch {
 namespace {
@@ -176,7 +177,7 @@ void attend_selected(const AttentionCall& c, const AttentionItem& item, const fl
     for (int j = item.begin; j < item.end; ++j) highest = std::max(highest, s[j]);
     for (int j = item.begin; j < item.end; ++j)
       if (s[j] != -INFINITY) total += std::exp2(s[j] - highest);
-    highest_scores(s + item.begin, item.end - item.begin, c.v_top_k, kept);
+    highest_scores(s + item.begin, item.end - item.begin, std::min(c.v_top_k, item.end - item.begin), kept);
     std::fill(sum.begin(), sum.end(), 0.0f);
     for (int index : kept) {
       const int j = item.begin + index;
@@ -189,7 +190,8 @@ void attend_selected(const AttentionCall& c, const AttentionItem& item, const fl
         for (int d = 0; d < c.Dv; ++d) sum[d] += p * to_float(v[d]);
       });
     }
-    const float inverse = 1.0f / (c.renormalise ? kept_total : total);
+    // A score that is no number is never among the highest; it must spoil the row all the same.
+    const float inverse = 1.0f / (c.renormalise && !std::isnan(total) ? kept_total : total);
     const int64_t to =
         (int64_t{c.cu_seqlens_q[item.sequence]} + item.first_token + row % item.tokens) * c.Hq + head;
     with_query_type(c.q_type, [&](auto* typed) {
@@ -245,10 +247,8 @@ void store_row(const From* from, To* to, int n, float* scale) {
   if constexpr (sizeof(To) == 1) {
     float most = 0.0f;
     for (int d = 0; d < n; ++d) most = std::max(most, std::fabs(to_float(from[d])));
-    *scale = most / 127.0f;
-    const float divisor = *scale == 0.0f ? 1.0f : *scale;
-    for (int d = 0; d < n; ++d)
-      to[d] = static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, std::nearbyint(to_float(from[d]) / divisor))));
+    *scale = quantisation_scale(most);
+    for (int d = 0; d < n; ++d) to[d] = quantise(to_float(from[d]), *scale);
   } else if constexpr (std::is_same_v<From, To>) {
     std::memcpy(to, from, n * sizeof(To));
   } else {

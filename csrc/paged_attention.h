@@ -56,4 +56,8 @@ struct StoreCall {
 
 std::string store_kv(const StoreCall& call, int threads);
 
+// The same on the current CUDA device, queued on `stream` (csrc/store_kv.cu, in the extension _cuda alone). Slots past
+// the last page are skipped: the device cannot tell. Returns CUDA's error, or nothing.
+std::string store_kv_cuda(const StoreCall& call, void* stream);
+
 }  // namespace anabranch

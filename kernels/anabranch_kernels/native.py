@@ -1,6 +1,7 @@
 """The compiled extension, refused when it is missing or older than its sources."""
 
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -11,8 +12,18 @@ try:
 except ImportError as error:
     raise ImportError(f"the compiled kernels cannot be loaded ({error}); build them with `pip install .`") from error
 
-if source_hash(Path(__file__).parents[2]) not in (None, extension.source_hash):
-    raise ImportError("the compiled kernels are older than csrc/ or bindings/; rebuild them with `pip install -e .`")
+cuda_extension: ModuleType | None  # built only when asked for
+try:
+    from . import _cuda as cuda_extension
+except ImportError:
+    cuda_extension = None
+
+_SOURCES = source_hash(Path(__file__).parents[2])
+for _built in (extension, cuda_extension):
+    if _built is not None and _SOURCES not in (None, _built.source_hash):
+        raise ImportError(
+            "the compiled kernels are older than csrc/ or bindings/; rebuild them with `pip install -e .`"
+        )
 
 # csrc/scalar.h, enum Type
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
@@ -20,4 +31,4 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 # The fastest instruction set that this CPU has and the extension was compiled for; kernels take it as an argument.
 ISA: str = extension.supported_isas()[-1]
 
-__all__ = ["ISA", "TYPES", "extension"]
+__all__ = ["ISA", "TYPES", "cuda_extension", "extension"]

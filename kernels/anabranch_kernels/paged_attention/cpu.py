@@ -5,6 +5,9 @@ from torch import Tensor
 
 from ..native import ISA, TYPES, extension
 
+INT32_MAX = 2**31 - 1
+Strided = tuple[int, ...]  # address, type and strides of a tensor; see _rows
+
 
 def paged_attention(
     q: Tensor,
@@ -36,7 +39,7 @@ def paged_attention(
         _rows(q), _rows(k_cache), _rows(v_cache), _address(k_scales), _address(v_scales),
         (page_table.data_ptr(), page_table.stride(0)), seq_lens.data_ptr(), cu_seqlens_q.data_ptr(),
         out.data_ptr(), lse.data_ptr(), (T, B, Hq, Hk, Hv, Dk, Dv, P, page, max_pages),
-        scale, window or 0, v_top_k or 0, renormalise, isa, torch.get_num_threads(),
+        scale, min(window or 0, INT32_MAX), min(v_top_k or 0, INT32_MAX), renormalise, isa, torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
 
@@ -53,11 +56,24 @@ def store_kv(
     k = k if k.stride(2) == 1 else k.contiguous()
     v = v if v.stride(2) == 1 else v.contiguous()
     slots = slots.contiguous()
+    extension.store_kv(*store_arguments(k, v, k_cache, v_cache, slots, k_scales, v_scales), torch.get_num_threads())
+
+
+def store_arguments(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+) -> tuple[Strided, Strided, Strided, Strided, int, int, int, tuple[int, ...]]:
+    """What both extensions take; rows of k and v and the slots must be contiguous."""
     T, Hk, Dk = k.shape
     Hv, Dv = v.shape[1:]
-    extension.store_kv(
+    return (
         _rows(k), _rows(v), _rows(k_cache), _rows(v_cache), _address(k_scales), _address(v_scales), slots.data_ptr(),
-        (T, Hk, Hv, Dk, Dv, k_cache.shape[0], k_cache.shape[2]), torch.get_num_threads(),
+        (T, Hk, Hv, Dk, Dv, k_cache.shape[0], k_cache.shape[2]),
     )  # fmt: skip
 
 

@@ -8,14 +8,15 @@ the split-KV kernel does all rows; otherwise both kernels run and each leaves th
 import torch
 from torch import Tensor
 
-from .gpu_decode import decode
+from ..native import cuda_extension
+from .cpu import store_arguments
+from .gpu_decode import SHORT, decode
+from .gpu_pages import EVERYTHING
 from .gpu_prefill import prefill
 from .gpu_select import select
 from .gpu_store import store
 
-SHORT = 4  # new tokens of a sequence that the split-KV kernel takes in a mixed batch
 FEW = 16  # packed rows up to which it takes the whole batch
-EVERYTHING = 1 << 30  # a window no sequence reaches
 
 
 def paged_attention(
@@ -66,4 +67,8 @@ def store_kv(
 ) -> None:
     if k.shape[0]:
         k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
-        store(k, v, k_cache, v_cache, slots.contiguous(), k_scales, v_scales)
+        arguments = k, v, k_cache, v_cache, slots.contiguous(), k_scales, v_scales
+        if cuda_extension is not None and k.is_cuda and k.dtype == v.dtype:
+            cuda_extension.store_kv(*store_arguments(*arguments), torch.cuda.current_stream(k.device).cuda_stream)
+        else:
+            store(*arguments)

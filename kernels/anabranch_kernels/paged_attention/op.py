@@ -81,8 +81,8 @@ def paged_attention(
         raise ValueError(f"q and k_cache must have the same Dk, got q {list(q.shape)}, k_cache {list(k_cache.shape)}")
     if Hq % Hk or Hq % Hv:
         raise ValueError(f"Hq must be a multiple of Hk and of Hv, got Hq={Hq}, Hk={Hk}, Hv={Hv}")
-    _check_indices(page_table, [B, -1], "page_table [B, max_pages]")
     _check_indices(seq_lens, [-1], "seq_lens [B]")
+    _check_indices(page_table, [B, -1], "page_table [B, max_pages]")
     _check_indices(cu_seqlens_q, [B + 1], "cu_seqlens_q [B + 1]")
     for tensor, name in ((k_cache, "k_cache"), (page_table, "page_table"), (seq_lens, "seq_lens"),
                          (cu_seqlens_q, "cu_seqlens_q")):  # fmt: skip

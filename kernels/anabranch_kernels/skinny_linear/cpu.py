@@ -17,7 +17,7 @@ def fits(M: int, dtype: torch.dtype, isa: str = ISA) -> bool:
 
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, isa: str = ISA) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     M, width = rows.shape
     if not fits(M, weight.dtype, isa):
         if scales is not None:

@@ -38,17 +38,21 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scal
         )
     if (scales is not None) != (weight.dtype == torch.int8):
         raise ValueError(f"scales goes with an int8 weight and only with it, got weight {weight.dtype}")
+    if weight.device != x.device:
+        raise ValueError(f"all tensors must be on x's device {x.device}, got weight on {weight.device}")
     if bias is not None:
-        _check_vector(bias, "bias", weight.shape[0], x.dtype)
+        _check_vector(bias, "bias", weight, x.dtype)
     if scales is not None:
-        _check_vector(scales, "scales", weight.shape[0], torch.float32)
+        _check_vector(scales, "scales", weight, torch.float32)
     out: Tensor = _op(x, weight, bias, scales)
     return out
 
 
-def _check_vector(vector: Tensor, name: str, size: int, dtype: torch.dtype) -> None:
-    if vector.shape != (size,) or vector.dtype != dtype:
-        raise ValueError(f"{name} must be [{size}] {dtype}, got {list(vector.shape)} {vector.dtype}")
+def _check_vector(vector: Tensor, name: str, weight: Tensor, dtype: torch.dtype) -> None:
+    if vector.shape != weight.shape[:1] or vector.dtype != dtype:
+        raise ValueError(f"{name} must be [{weight.shape[0]}] {dtype}, got {list(vector.shape)} {vector.dtype}")
+    if vector.device != weight.device:
+        raise ValueError(f"all tensors must be on x's device {weight.device}, got {name} on {vector.device}")
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None) -> Tensor:
