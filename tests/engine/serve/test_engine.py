@@ -220,6 +220,17 @@ def test_text_leaves_out_what_stopped_it(model, make_engine, finish, naive_greed
         assert finish(engine)["x"].outputs[0].text == text[: first + keep]
 
 
+def test_a_stop_text_waits_for_the_minimum_length(model, make_engine, finish, naive_greedy):
+    tokenizer = letters()
+    engine = make_engine(tokenizer=tokenizer)
+    text = tokenizer.decode(naive_greedy(model, PROMPTS[4], 20))
+    stop = text[2]
+    later = text.find(stop, 6)
+    params = SamplingParams(temperature=0, max_tokens=20, stop=stop, min_tokens=7, ignore_eos=True)
+    engine.add_request("x", PROMPTS[4], params)
+    assert finish(engine)["x"].outputs[0].text == (text if later < 0 else text[:later])
+
+
 def test_a_stream_adds_up_to_the_whole(make_engine, finish):
     tokenizer = letters()
     params = SamplingParams(n=3, seed=3, max_tokens=15, logprobs=1, stop="e", ignore_eos=True)
@@ -283,6 +294,25 @@ def test_an_abort_and_an_arrival_while_a_step_runs(make_engine, finish, naive_gr
     for number, output in done.items():
         if number != "late":
             assert output.outputs[0].token_ids == naive_greedy(model, PROMPTS[int(number)], 12, stop_ids=(3,))
+
+
+def test_nothing_comes_of_a_request_aborted_while_its_last_step_runs(make_engine, monkeypatch):
+    engine = make_engine()
+    forward = engine.runner.forward
+
+    def aborting(step):
+        hidden = forward(step)
+        assert engine.abort("x")
+        return hidden
+
+    for stream in (False, True):
+        monkeypatch.setattr(engine.runner, "forward", forward)
+        engine.add_request("x", PROMPTS[4], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True), stream=stream)
+        engine.step()
+        monkeypatch.setattr(engine.runner, "forward", aborting)
+        assert engine.step() == []
+        assert not engine.has_unfinished()
+        assert engine.scheduler.pool.num_free == engine.config.num_blocks
 
 
 def test_threads_may_add_and_abort_while_one_steps(make_engine, model, naive_greedy):
@@ -358,25 +388,28 @@ def test_text_that_cannot_be_decoded_ends_one_request(make_engine, finish):
 def test_a_model_that_raises_takes_its_step_and_nothing_else(make_engine, finish, naive_greedy, model, monkeypatch):
     engine = make_engine(max_num_seqs=3)
     add_all(engine, PROMPTS)
-    forward, calls = engine.runner.forward, []
+    forward, failed = engine.runner.forward, set()
 
     def failing(step):
-        calls.append(step)
         hidden = forward(step)
-        if len(calls) == 5:
+        if {sample.request.request_id for sample in step.sequences} >= {"4", "5"} and not failed:
+            assert step.registered
             for cache in engine.runner.caches:
-                cache.k.fill_(float("nan"))  # what a kernel that dies half way may leave
+                cache.k[step.registered] = float("nan")  # what a kernel that dies half way may leave
+            failed.update(sample.request.request_id for sample in step.sequences)
             raise MemoryError("out of memory")
         return hidden
 
     monkeypatch.setattr(engine.runner, "forward", failing)
     done = finish(engine)
-    failed = {number for number, output in done.items() if output.error == "MemoryError: out of memory"}
-    assert failed == {sample.request.request_id for sample in calls[4].sequences}
     assert len(failed) == 3
+    assert failed == {number for number, output in done.items() if output.error == "MemoryError: out of memory"}
     assert engine.scheduler.pool.num_free == engine.config.num_blocks
+    want = [naive_greedy(model, prompt, 12, stop_ids=(3,)) for prompt in PROMPTS]
     for number in {str(n) for n in range(len(PROMPTS))} - failed:
-        assert done[number].outputs[0].token_ids == naive_greedy(model, PROMPTS[int(number)], 12, stop_ids=(3,))
+        assert done[number].outputs[0].token_ids == want[int(number)]
+    add_all(engine, PROMPTS)  # the same prompts again: nothing of the broken step may be found in the cache
+    assert tokens_of(finish(engine), len(PROMPTS)) == want
 
 
 def test_an_interrupt_leaves_a_working_engine(make_engine, finish, naive_greedy, model, monkeypatch):
