@@ -10,7 +10,7 @@ RESULTS := benchmarks/results
 FIND_PYTHON = $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PYTHON ?= $(FIND_PYTHON)
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h bindings/*.cpp bindings/*.h) setup.py pyproject.toml constraints.txt \
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h bindings/*.cpp bindings/*.h bindings/*/*.cpp) setup.py pyproject.toml constraints.txt \
 	engine/anabranch/version.py kernels/anabranch_kernels/source_hash.py
 CUDA_SOURCES := $(wildcard csrc/*.cu)
 
@@ -71,6 +71,10 @@ cuda-check:
 	    nvcc -std=c++17 -O3 -Icsrc -gencode arch=compute_$$arch,code=sm_$$arch -c $$source -o /dev/null || exit 1; \
 	done; done
 	@echo "CUDA sources compiled: $(words $(CUDA_SOURCES))"
+
+# GPU_PYTHON=python3 takes an environment that is there: torch built for CUDA, this package importable.
+gpu: $(if $(GPU_PYTHON),,$(READY))
+	$(or $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu/run.py
 
 bench: $(READY)
 	mkdir -p $(RESULTS)
