@@ -60,9 +60,6 @@ lint: $(READY)
 gpu-check: $(READY)
 	$(BIN)/python -m anabranch_kernels.gpu_check --jobs $(JOBS)
 
-gpu: $(READY)
-	$(BIN)/python benchmarks/gpu/run.py
-
 # CUDA sources are optional; Triton is the GPU path that everybody has.
 cuda-check:
 	@command -v nvcc >/dev/null || { echo "make cuda-check needs nvcc on PATH" >&2; exit 1; }
