@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -49,12 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for part in options.parts or PARTS:
         print(f"== {part}", flush=True)
         command = [sys.executable, __file__, part, "--here", "--out", str(options.out)]
-        try:
-            done = subprocess.run(command + ["--dry-run"] * options.dry_run, timeout=LIMIT_S, check=False)
-            failed += [part] * bool(done.returncode)
-        except subprocess.TimeoutExpired:
-            print(f"{part} took more than {LIMIT_S} s")
-            failed.append(part)
+        with subprocess.Popen(command + ["--dry-run"] * options.dry_run, start_new_session=True) as process:
+            try:
+                failed += [part] * bool(process.wait(LIMIT_S))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+                print(f"{part} took more than {LIMIT_S} s")
+                failed.append(part)
     print("failed: " + ", ".join(failed) if failed else "all parts ran")
     return 1 if failed else 0
 
@@ -78,8 +80,9 @@ def run_tests(*, dry: bool) -> int:
     kernels = [f"tests/kernels/test_{op}_gpu.py" for op in ("paged_attention", "attention")]
     others = [f"--ignore={path}" for path in kernels]
     failed = 0
+    how = ["--collect-only"] if dry else ["-n", "8"]  # most of the time goes into compiling
     for chosen in (kernels, ["-m", "gpu", *others, "tests"]):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, *["--collect-only"] * dry]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *how, *chosen]
         done = subprocess.run(command, cwd=ROOT, check=False)
         failed += done.returncode not in (0, 5)  # 5: nothing is marked
     return failed

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from anabranch_kernels.attention import reference
+from anabranch_kernels.attention.op import attention
 
 pytest.importorskip("triton")
 from anabranch_kernels.attention import gpu
@@ -54,3 +55,40 @@ def test_float64_goes_to_the_reference():
     got = gpu.attention_backward(grad, q, k, v, out, lse, True, 0.3, None)
     for mine, theirs in zip(got, reference.attention_backward(grad, q, k, v, out, lse, True, 0.3, None), strict=True):
         assert_close(mine, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("heads", [(32, 4, 16), (24, 8, 3), (8, 8, 2)])
+@pytest.mark.parametrize(("T", "S", "window"), [(1000, 1000, None), (300, 1100, None), (900, 900, 128)])
+def test_on_the_gpu_gradients_of_real_shapes(heads, width, T, S, window):
+    q, k, v, grad = (x.to(DEVICE) for x in tensors(2, T, S, heads, width, width, torch.bfloat16))
+    mine = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attention(*mine, window=window)
+    got = out, *torch.autograd.grad(out, mine, grad)
+    exact = [x.double() for x in (q, k, v)]
+    wide, lse = reference.attention_forward(*exact, True, width**-0.5, window)
+    wanted = wide, *reference.attention_backward(grad.double(), *exact, wide, lse, True, width**-0.5, window)
+    for one, other in zip(got, wanted, strict=True):
+        assert (one.double() - other).norm() < 1e-2 * other.norm()  # 8 bits, and sums of such roundings
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_two_backward_passes_agree_bit_for_bit():
+    q, k, v, grad = (x.to(DEVICE) for x in tensors(2, 2000, 2000, (32, 4, 16), 64, 64, torch.bfloat16))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    first = torch.autograd.grad(attention(*leaves), leaves, grad)
+    for _ in range(5):
+        for mine, theirs in zip(torch.autograd.grad(attention(*leaves), leaves, grad), first, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_opcheck_and_compile():
+    q, k, v, grad = (x.to(DEVICE) for x in tensors(1, 40, 50, (4, 1, 2), 16, 16, torch.float16))
+    torch.library.opcheck(torch.ops.anabranch.attention_forward.default, (q, k, v, True, 0.25, None))
+    eager, compiled = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
+    attention(*eager).backward(grad)
+    torch.compile(attention, fullgraph=True)(*compiled).backward(grad)
+    for mine, theirs in zip(compiled, eager, strict=True):
+        assert_close(mine.grad, theirs.grad)

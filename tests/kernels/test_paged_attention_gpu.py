@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from anabranch_kernels.launch import Plan
 from anabranch_kernels.paged_attention import reference
+from anabranch_kernels.paged_attention.op import paged_attention, store_kv
 
 pytest.importorskip("triton")
 from anabranch_kernels.paged_attention import gpu, gpu_decode, gpu_select
@@ -301,3 +302,128 @@ def test_empty_calls():
     out, lse = run([*args[:3], args[3][:0], args[4][:0], torch.tensor([0]).int(), *args[6:]])
     assert not out.any()
     assert (lse == -torch.inf).all()
+
+
+SIGMA = (32, 4, 16)  # heads of Sigma's layers
+
+
+def large(heads, widths, lengths, new, dtype, page=64, extra_pages=0, seed=0):
+    """Arguments of the public op on the GPU, made there: random caches, pages in random order."""
+    (Hq, Hk, Hv), (Dk, Dv), B = heads, widths, len(lengths)
+    random = torch.Generator(DEVICE).manual_seed(seed)
+    width = -(-max(lengths) // page)
+    P = B * width + extra_pages
+    make = {"generator": random, "device": DEVICE, "dtype": dtype}
+    q = torch.randn(sum(new), Hq, Dk, **make)
+    k_cache, v_cache = torch.randn(P, Hk, page, Dk, **make), torch.randn(P, Hv, page, Dv, **make)
+    table = torch.randperm(P, generator=random, device=DEVICE)[-B * width :].view(B, width).int()
+    starts = torch.tensor([0, *new], device=DEVICE).cumsum(0).int()
+    return [q, k_cache, v_cache, table, torch.tensor(lengths, device=DEVICE).int(), starts]
+
+
+def close_to_reference(args, tolerance, dtype, **options):
+    out, lse = paged_attention(*args, return_lse=True, **options)
+    rest = (options.get("k_scales"), options.get("v_scales"), args[0].shape[2] ** -0.5)
+    settings = (options.get("window"), options.get("v_top_k"), False)
+    wanted, wanted_lse = reference.paged_attention(*args, *rest, *settings)
+    assert_close(out, wanted, **tolerance(dtype))
+    assert_close(lse, wanted_lse, **tolerance(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (64, 128)])
+@pytest.mark.parametrize("heads", [SIGMA, (32, 8, 8), (24, 8, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("lengths", "new"),
+    [((5000, 1, 777), (1, 1, 1)), ((3000, 640, 2, 900), (1, 640, 2, 300)), ((130, 129), (4, 129))],
+)
+def test_on_the_gpu_real_shapes(heads, widths, dtype, lengths, new, tolerance):
+    args = large(heads, widths, lengths, new, dtype)
+    close_to_reference(args, tolerance, dtype)
+    close_to_reference(args, tolerance, dtype, window=200)
+    close_to_reference(args, tolerance, dtype, v_top_k=50)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("new", [(1, 1), (1, 700)])
+def test_on_the_gpu_int8_pages_that_our_store_filled(new, tolerance):
+    q, k, v, *tables = large(SIGMA, (128, 128), (4000, 900), new, torch.bfloat16)
+    slots = torch.arange(k.shape[0] * k.shape[2], device=DEVICE)
+    caches, scales = [x.to(torch.int8) for x in (k, v)], [torch.empty(x.shape[:3], device=DEVICE) for x in (k, v)]
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in (k, v)]
+    store_kv(*rows, *caches, slots, k_scales=scales[0], v_scales=scales[1])
+    wanted = [x.clone() for x in (*caches, *scales)]
+    reference.store_kv(*rows, *wanted[:2], slots, *wanted[2:])
+    for mine, theirs in zip((*caches, *scales), wanted, strict=True):
+        assert torch.equal(mine, theirs)
+    close_to_reference([q, *caches, *tables], tolerance, torch.bfloat16, k_scales=scales[0], v_scales=scales[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_the_gpu_the_store_rounds_to_nearest(dtype):
+    k, v = torch.randn(300, 4, 64, device=DEVICE), torch.randn(300, 16, 96, device=DEVICE) * 1e4
+    caches = [torch.zeros(10, x.shape[1], 32, x.shape[2], dtype=dtype, device=DEVICE) for x in (k, v)]
+    slots = torch.randperm(320, device=DEVICE)[:300]
+    wanted = [x.clone() for x in caches]
+    store_kv(k, v, *caches, slots)
+    reference.store_kv(k, v, *wanted, slots, None, None)
+    for mine, theirs in zip(caches, wanted, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("new", [(1, 1, 1), (1, 150, 9)])
+def test_on_the_gpu_two_runs_agree_bit_for_bit(new):
+    args = large(SIGMA, (64, 64), (20000, 150, 4000), new, torch.bfloat16)
+    first = paged_attention(*args, return_lse=True)
+    for _ in range(20):
+        for mine, theirs in zip(paged_attention(*args, return_lse=True), first, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"v_top_k": 20}])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_on_the_gpu_a_graph_follows_new_lengths_and_pages(rows, options):
+    args = large(SIGMA, (64, 64), (3000, 500, 100), (1, 1, rows - 2), torch.bfloat16)
+    q, k, v, table, lens, starts = args
+    paged_attention(*args, **options)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = paged_attention(*args, **options)
+    q.copy_(torch.randn_like(q))
+    table.copy_(table.flip(0))
+    lens.copy_(torch.tensor([37, 2999, 1500]))
+    starts.copy_(torch.tensor([0, 0, 1, rows]) if rows == 3 else torch.tensor([0, 1, 30, 38]))
+    graph.replay()
+    again = paged_attention(*args, **options)
+    assert torch.equal(out, again)
+    covered = int(starts[-1])
+    wanted, _ = reference.paged_attention(
+        q[:covered], k, v, table, lens, starts, None, None, 0.125, None, options.get("v_top_k"), False
+    )
+    assert_close(again[:covered], wanted, atol=2.0**-6, rtol=2.0**-6)  # bfloat16, as in conftest
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_offsets_beyond_32_bits(tolerance):
+    extra = (2**31 + 2**24) // (4 * 64 * 64)  # pages that push the used ones past 2**31 elements
+    q, k, v, table, lens, starts = large((8, 4, 4), (64, 64), (500, 90), (1, 90), torch.bfloat16, extra_pages=extra)
+    P = k.shape[0]
+    table.copy_(torch.arange(P - table.numel(), P).view_as(table))
+    close_to_reference([q, k, v, table, lens, starts], tolerance, torch.bfloat16)
+    slots = torch.arange(P * 64 - 80, P * 64, device=DEVICE)
+    rows = torch.randn(80, 4, 64, device=DEVICE, dtype=torch.bfloat16)
+    store_kv(rows, rows, k, v, slots)
+    assert torch.equal(k[-1], rows[-64:].transpose(0, 1))
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_opcheck_and_compile():
+    args = large((4, 1, 2), (16, 16), (33, 20), (1, 20), torch.float16, page=16)
+    torch.library.opcheck(torch.ops.anabranch.paged_attention.default, (*args, None, None, 0.25, None, None, False))
+    compiled = torch.compile(lambda *x: paged_attention(*x) * 2, fullgraph=True)
+    assert_close(compiled(*args), paged_attention(*args) * 2)

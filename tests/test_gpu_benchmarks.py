@@ -1,0 +1,55 @@
+"""The GPU benchmarks walk through all parts on a CPU, so that a slip costs no time on the machine that has a GPU."""
+
+import json
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are not interpreted")
+
+
+@pytest.fixture
+def run(root, monkeypatch):
+    """benchmarks/gpu/run.py as a module, its neighbours importable as they are for the script."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks" / "gpu"))
+    yield import_module("run")
+    for name in ("run", "cases", "tuning"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("part", "ours", "peer"),
+    [
+        ("decode", {"anabranch", "anabranch, int8 cache", "anabranch, GQA twin"}, "flash SDPA, expanded K"),
+        ("prefill", {"anabranch, paged", "anabranch, dense"}, "flash SDPA, K expanded before"),
+        ("train", {"anabranch"}, "flash SDPA, expansion in the clock"),
+    ],
+)
+def test_contenders_agree_and_refusals_are_named(run, part, ours, peer, tmp_path):
+    assert run.run_part(part, tmp_path, dry=True) == 0
+    table = json.loads((tmp_path / f"gpu-{part}.json").read_text())
+    assert {*ours, peer} <= {sample["contender"] for sample in table["samples"]}
+    assert any("cuDNN" in refusal for refusal in table["absent"])  # no back-end of a CPU
+    assert "| anabranch" in (tmp_path / f"gpu-{part}.md").read_text()
+
+
+def test_roofs_are_positive(run, tmp_path):
+    assert run.run_part("roof", tmp_path, dry=True) == 0
+    table = json.loads((tmp_path / "gpu-roof.json").read_text())
+    assert min(table[name] for name in ("read_bytes_per_s", "copy_bytes_per_s", "bf16_flops")) > 0
+
+
+@pytest.mark.parametrize("part", ["tune-decode", "tune-prefill"])
+def test_other_tiles_than_the_shipped_ones_run(run, part, tmp_path):
+    assert run.run_part(part, tmp_path, dry=True) == 0
+    table = json.loads((tmp_path / f"gpu-{part}.json").read_text())
+    assert len(table) >= 2
+    assert all(row["seconds"] > 0 for row in table)
+
+
+def test_without_a_gpu_nothing_is_measured(run, tmp_path):
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        run.run_part("decode", tmp_path, dry=False)
