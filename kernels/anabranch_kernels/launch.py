@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Compile-time constants, warps, pipeline stages; launchers make one and gpu_check compiles it.
+    """Compile-time constants, warps, pipeline stages; launchers make one, gpu_check compiles it.
 
     max_registers   of a thread; None leaves it to the compiler, which may spill a few to fit more programs side by side
     """

@@ -10,6 +10,7 @@ Numerics float32 sums, base-2 exponentials; p and ds are rounded to the inputs' 
 Not here float64: tensor cores have no use for it, the launcher takes the reference, on purpose.
 """
 
+from functools import cache
 from math import gcd
 
 import torch
@@ -30,6 +31,7 @@ TILES = {
 }
 
 
+@cache
 def plan(kernel: str, Hq: int, Hk: int, Hv: int, Dk: int, Dv: int, dtype: torch.dtype, *, causal: bool) -> Plan:
     """Launch of "forward", "dq" or "dkv"."""
     DK_PAD, DV_PAD = (max(16, triton.next_power_of_2(D)) for D in (Dk, Dv))

@@ -14,6 +14,7 @@ Numerics float32 sums, base-2 exponentials; int8 scales meet the scores (K) and 
 Not here long chunks of new tokens (gpu_prefill.py), v_top_k (gpu_select.py).
 """
 
+from functools import cache
 from math import gcd
 
 import torch
@@ -57,6 +58,7 @@ def heads_per_unit(Hq: int, Hk: int, Hv: int, Dv: int) -> tuple[int, int]:
     return largest_divisor(gcd(Hq // Hk, Hq // Hv), 64), 1
 
 
+@cache
 def plan(
     Hq: int, Hk: int, Hv: int, Dk: int, Dv: int, page: int, q: torch.dtype, k: torch.dtype, v: torch.dtype, B: int,
     *, pack: int,

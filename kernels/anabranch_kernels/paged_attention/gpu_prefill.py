@@ -12,6 +12,7 @@ Numerics float32 sums, base-2 exponentials; int8 scales meet the scores (K) and 
 Not here a split over cached tokens: few new tokens after a very long prefix do not fill a large GPU.
 """
 
+from functools import cache
 from math import gcd
 
 import torch
@@ -35,6 +36,7 @@ from .gpu_pages import (
 TILES = ((128, (128, 128, 8, 3)), (256, (128, 64, 8, 3)), (512, (64, 32, 4, 2)), (float("inf"), (32, 16, 4, 2)))
 
 
+@cache
 def plan(
     Hq: int, Hk: int, Hv: int, Dk: int, Dv: int, page: int, q: torch.dtype, k: torch.dtype, v: torch.dtype, B: int,
     *, windowed: bool,

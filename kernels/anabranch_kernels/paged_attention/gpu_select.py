@@ -10,6 +10,8 @@ Numerics float32; the logarithm of the sum covers all tokens, also those whose V
 Not here sharing of V rows between the query heads of a V head: they meet in L2.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ BUFFER = 256 << 20
 CHUNK = 32
 
 
+@cache
 def plan(Hq: int, Hk: int, Dk: int, page: int, q: torch.dtype, k: torch.dtype, B: int) -> Plan:
     G = largest_divisor(Hq // Hk, 64)
     DK_PAD = max(16, triton.next_power_of_2(Dk))
@@ -33,6 +36,7 @@ def plan(Hq: int, Hk: int, Dk: int, page: int, q: torch.dtype, k: torch.dtype, B
     return Plan(constants=constants, num_warps=4, num_stages=1)
 
 
+@cache
 def gather_plan(Hq: int, Hv: int, Dv: int, page: int, B: int) -> Plan:
     constants = {
         "HQ": Hq, "HV": Hv, "DV": Dv, "DV_PAD": max(16, triton.next_power_of_2(Dv)), "PAGE": page, "CHUNK": CHUNK,

@@ -7,6 +7,8 @@ Numerics scale = max|row| / 127 and row / scale with correctly rounded divisions
 Not here slots past the last page: they are skipped, as negative ones are; a GPU cannot raise.
 """
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from ..launch import Plan
 
 
+@cache
 def plan(Hk: int, Hv: int, Dk: int, Dv: int, page: int) -> Plan:
     constants = {
         "HK": Hk, "HV": Hv, "DK": Dk, "DV": Dv, "PAGE": page,
