@@ -47,7 +47,7 @@ $(READY): $(SOURCES)
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/anabranch generate "$$MODEL" --prompt "$$PROMPT"
+	@$(BIN)/anabranch generate "$$MODEL" --prompt "$$PROMPT" --temperature 0.6
 
 test: $(READY)
 	$(BIN)/pytest -n $(JOBS) --dist worksteal tests
