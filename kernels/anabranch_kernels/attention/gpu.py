@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Plan
+from ..launch import Plan, on_its_device
 from . import reference
 
 LOG2E = 1.4426950408889634
@@ -226,6 +226,7 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
+@on_its_device
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -248,6 +249,7 @@ def _reach(window: int | None, S: int) -> int:
     return S + 1 if window is None else min(window, S + 1)
 
 
+@on_its_device
 def attention_backward(
     grad: Tensor,
     q: Tensor,

@@ -8,6 +8,7 @@ the split-KV kernel does all rows; otherwise both kernels run and each leaves th
 import torch
 from torch import Tensor
 
+from ..launch import on_its_device
 from ..native import cuda_extension
 from .cpu import store_arguments
 from .gpu_decode import SHORT, decode
@@ -19,6 +20,7 @@ from .gpu_store import store
 FEW = 16  # packed rows up to which it takes the whole batch
 
 
+@on_its_device
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -40,9 +42,10 @@ def paged_attention(
         return empty, q.new_full((T, Hq), -torch.inf, dtype=torch.float32)
     q = q if q.stride(2) == 1 else q.contiguous()
     alone = v_top_k is not None or max(B, FEW) >= T
-    # One kernel alone writes every row; two leave out the rows of no sequence, which are zeros.
-    out = (q.new_empty if alone else q.new_zeros)(T, Hq, v_cache.shape[3])
-    lse = q.new_full((T, Hq), -torch.inf, dtype=torch.float32)
+    out, lse = q.new_empty(T, Hq, v_cache.shape[3]), q.new_empty(T, Hq, dtype=torch.float32)
+    if not alone:  # one kernel alone writes every row; two leave out the rows of no sequence
+        out.zero_()
+        lse.fill_(-torch.inf)
     tables = page_table.contiguous(), seq_lens.contiguous(), cu_seqlens_q.contiguous()
     seen = EVERYTHING if window is None else min(window, EVERYTHING)
     problem = q, k_cache, v_cache, *tables, k_scales, v_scales, scale, seen, out, lse
@@ -56,6 +59,7 @@ def paged_attention(
     return out, lse
 
 
+@on_its_device
 def store_kv(
     k: Tensor,
     v: Tensor,
