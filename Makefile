@@ -65,7 +65,7 @@ cuda-check:
 	@command -v nvcc >/dev/null || { echo "make cuda-check needs nvcc on PATH" >&2; exit 1; }
 	@for source in $(CUDA_SOURCES); do for arch in 80 90a; do \
 	    echo "$$source for sm_$$arch"; \
-	    nvcc -std=c++17 -O3 -Icsrc -gencode arch=compute_$$arch,code=sm_$$arch -c $$source -o /dev/null || exit 1; \
+	    nvcc -std=c++17 -O3 -Icsrc -Xptxas --warn-on-spills,-Werror -gencode arch=compute_$$arch,code=sm_$$arch -c $$source -o /dev/null || exit 1; \
 	done; done
 	@echo "CUDA sources compiled: $(words $(CUDA_SOURCES))"
 
