@@ -48,21 +48,9 @@ def measure_prefill(
     prompts = random_prompts(config.vocab_size, prompt_tokens)
     check_agreement(peers, next(prompts))
     runs: list[Callable[[], float]] = [partial(prefill_next, peer, prompts) for peer in peers]
-    roof, *results = interleave([roofs.read, *runs], repeats=repeats, warmup=1, settle_s=SETTLE_S)
     read_bytes, flops = work(config, batch=1, new_tokens=prompt_tokens, context=0)
-    return [
-        Sample(
-            case=f"prefill, {prompt_tokens} tokens",
-            contender=peer.name,
-            seconds=tuple(seconds),
-            read_bytes=read_bytes,
-            flops=flops,
-            read_roof=median(roof),
-            flops_roof=roofs.flops,
-            tokens=prompt_tokens,
-        )
-        for peer, seconds in zip(peers, results, strict=True)
-    ]
+    case = f"prefill, {prompt_tokens} tokens"
+    return take_turns(peers, runs, roofs, repeats, case=case, read_bytes=read_bytes, flops=flops, tokens=prompt_tokens)
 
 
 def measure_decode(
@@ -74,18 +62,34 @@ def measure_decode(
     for peer in peers:
         peer.start(prompts)
     runs: list[Callable[[], float]] = [partial(peer.decode, new_tokens) for peer in peers]
-    roof, *results = interleave([roofs.read, *runs], repeats=repeats, warmup=1, settle_s=SETTLE_S)
     read_bytes, flops = work(config, batch=batch, new_tokens=1, context=context + new_tokens // 2)
+    case = f"decode, batch {batch}, {context} tokens"
+    return take_turns(peers, runs, roofs, repeats, case=case, read_bytes=read_bytes, flops=flops, tokens=batch)
+
+
+def take_turns(
+    peers: Sequence[Peer],
+    runs: Sequence[Callable[[], float]],
+    roofs: Roofs,
+    repeats: int,
+    *,
+    case: str,
+    read_bytes: float,
+    flops: float,
+    tokens: int,
+) -> list[Sample]:
+    """One sample of every peer, its run and the read sweep in turns."""
+    roof, *results = interleave([roofs.read, *runs], repeats=repeats, warmup=1, settle_s=SETTLE_S)
     return [
         Sample(
-            case=f"decode, batch {batch}, {context} tokens",
+            case=case,
             contender=peer.name,
             seconds=tuple(seconds),
             read_bytes=read_bytes,
             flops=flops,
             read_roof=median(roof),
             flops_roof=roofs.flops,
-            tokens=batch,
+            tokens=tokens,
         )
         for peer, seconds in zip(peers, results, strict=True)
     ]

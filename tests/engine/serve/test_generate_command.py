@@ -70,7 +70,6 @@ def test_what_is_missing_is_said_in_one_line(stories, capsys):
     assert "temperature must be" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not (generate_command.SHIPPED / "config.json").is_file(), reason="no model in the package yet")
 def test_without_arguments_the_shipped_model_writes_python(capsys):
     assert main(["generate", "--max-tokens", "64"]) == 0
     assert capsys.readouterr().out.startswith(generate_command.SHIPPED_PROMPT)
