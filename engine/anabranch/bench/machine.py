@@ -62,7 +62,7 @@ def last_cache_bytes() -> int:
 
 def working_set_bytes() -> int:
     """Bytes one step must touch so that nothing is still in a cache when its turn comes again."""
-    return max(288 * 2**20, 4 * last_cache_bytes())
+    return max(288 * 2**20, 2 * last_cache_bytes())
 
 
 def _lines(path: str) -> list[str]:
