@@ -24,9 +24,7 @@ bool has_avx512_bf16() {
 }
 #endif
 
-}  // namespace
-
-std::vector<Isa> supported_isas() {
+std::vector<Isa> find_isas() {
   std::vector<Isa> isas{Isa::generic};
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -37,6 +35,14 @@ std::vector<Isa> supported_isas() {
   if (avx512) isas.push_back(Isa::avx512);
   if (avx512 && has_avx512_bf16()) isas.push_back(Isa::avx512_bf16);
 #endif
+  return isas;
+}
+
+}  // namespace
+
+// CPUID is looked at once: in a virtual machine every question leaves it, for tens of microseconds.
+const std::vector<Isa>& supported_isas() {
+  static const std::vector<Isa> isas = find_isas();
   return isas;
 }
 

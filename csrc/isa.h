@@ -13,7 +13,7 @@ namespace anabranch {
 enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, avx512_bf16_emulated = 4 };
 
 // What this CPU can run and this build contains, slowest first, without the emulated one.
-std::vector<Isa> supported_isas();
+const std::vector<Isa>& supported_isas();
 bool is_supported(Isa isa);
 
 struct AttentionCall;
