@@ -24,13 +24,14 @@ const char* name_of(Isa isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
     case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::amx: return "amx";
     case Isa::avx512_bf16_emulated: return "avx512_bf16_emulated";
   }
   return "";
 }
 
 Isa isa_of(const std::string& name) {
-  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::avx512_bf16_emulated})
+  for (Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx, Isa::avx512_bf16_emulated})
     if (name == name_of(isa)) {
       if (!is_supported(isa)) throw py::value_error("this CPU cannot run " + name);
       return isa;

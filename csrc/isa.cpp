@@ -3,6 +3,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace anabranch {
 
@@ -11,6 +15,7 @@ const Kernels& generic_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
+const Kernels& amx_kernels();
 const Kernels& avx512_bf16_emulated_kernels();
 #endif
 
@@ -21,6 +26,27 @@ bool has_avx512_bf16() {
   // GCC 12's __builtin_cpu_supports knows the name only from some versions on; leaf 7.1, EAX bit 5 says it everywhere.
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));
+}
+
+// Tiles, their bfloat16 and int8 products (leaf 7, EDX bits 24, 22, 25), and a system that saves tiles when it switches
+// threads (XCR0 bits 17 and 18; a CPU with AVX-512 in use can tell).
+bool has_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & needed) != needed) return false;
+  unsigned saved = 0, saved_high = 0;
+  asm("xgetbv" : "=a"(saved), "=d"(saved_high) : "c"(0));
+  return (saved >> 17 & 3) == 3;
+}
+
+// Linux lends tiles to a process that asks (https://docs.kernel.org/arch/x86/xstate.html); it may refuse.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -33,7 +59,12 @@ std::vector<Isa> find_isas() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx2) isas.push_back(Isa::avx2);
   if (avx512) isas.push_back(Isa::avx512);
-  if (avx512 && has_avx512_bf16()) isas.push_back(Isa::avx512_bf16);
+  const bool avx512_bf16 = avx512 && has_avx512_bf16();
+  if (avx512_bf16) isas.push_back(Isa::avx512_bf16);
+  if (avx512_bf16 && has_amx()) {
+    static const bool allowed = may_use_tiles();  // for the whole process, so asked once
+    if (allowed) isas.push_back(Isa::amx);
+  }
 #endif
   return isas;
 }
@@ -59,6 +90,7 @@ const Kernels& kernels_for(Isa isa) {
     case Isa::avx2: return avx2_kernels();
     case Isa::avx512: return avx512_kernels();
     case Isa::avx512_bf16: return avx512_bf16_kernels();
+    case Isa::amx: return amx_kernels();
     case Isa::avx512_bf16_emulated: return avx512_bf16_emulated_kernels();
     default: break;
   }

@@ -10,9 +10,9 @@ namespace anabranch {
 
 // Slowest first. `avx512_bf16_emulated` runs the code of `avx512_bf16` with its one special instruction (vdpbf16ps)
 // spelt out, so that tests reach that code on CPUs without it; it is never chosen by itself.
-enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, avx512_bf16_emulated = 4 };
+enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4, avx512_bf16_emulated = 5 };
 
-// What this CPU can run and this build contains, slowest first, without the emulated one.
+// What this CPU and system can run and this build contains, slowest first, without the emulated one.
 const std::vector<Isa>& supported_isas();
 bool is_supported(Isa isa);
 

@@ -10,7 +10,7 @@ namespace {  // internal linkage: no other file may end up with this one's instr
 
 struct Avx2 {
   static constexpr int W = 8;
-  static constexpr bool pairs = false;
+  static constexpr bool pairs = false, tiles = false;
   using F = __m256;
 
   static F set1(float x) { return _mm256_set1_ps(x); }

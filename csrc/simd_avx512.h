@@ -11,7 +11,7 @@ namespace {  // internal linkage: no other file may end up with this one's instr
 
 struct Avx512 {
   static constexpr int W = 16;
-  static constexpr bool pairs = false;
+  static constexpr bool pairs = false, tiles = false;
   using F = __m512;
 
   static F set1(float x) { return _mm512_set1_ps(x); }

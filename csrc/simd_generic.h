@@ -10,7 +10,7 @@ namespace {  // internal linkage: no other file may end up with this one's instr
 
 struct Generic {
   static constexpr int W = 8;
-  static constexpr bool pairs = false;
+  static constexpr bool pairs = false, tiles = false;
   struct F {
     float lane[W];
   };

@@ -71,7 +71,7 @@ def test_an_installed_package_needs_no_sources(tree):
 
 def test_instruction_sets_are_listed_from_the_slowest():
     isas = native.extension.supported_isas()
-    order = ["generic", "avx2", "avx512", "avx512_bf16"]
+    order = ["generic", "avx2", "avx512", "avx512_bf16", "amx"]
     assert isas == order[: len(isas)]  # each needs the one before
     assert isas[-1] == native.ISA
 
@@ -88,6 +88,7 @@ def test_instruction_sets_agree_with_the_system():
     assert ("avx2" in isas) == ({"avx2", "fma", "f16c"} <= flags)
     assert ("avx512" in isas) == ({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags)
     assert ("avx512_bf16" in isas) == ("avx512" in isas and "avx512_bf16" in flags)
+    assert ("amx" in isas) <= ("avx512_bf16" in isas and {"amx_tile", "amx_bf16", "amx_int8"} <= flags)  # or refused
 
 
 def test_an_unknown_instruction_set_is_refused():
@@ -97,7 +98,7 @@ def test_an_unknown_instruction_set_is_refused():
 
 def test_an_instruction_set_that_this_cpu_lacks_is_refused():
     isas = native.extension.supported_isas()
-    missing = [isa for isa in ("avx2", "avx512", "avx512_bf16") if isa not in isas]
+    missing = [isa for isa in ("avx2", "avx512", "avx512_bf16", "amx") if isa not in isas]
     if not missing:
         pytest.skip("this CPU has them all")
     with pytest.raises(ValueError, match=f"this CPU cannot run {missing[0]}"):
