@@ -8,11 +8,13 @@
 // Where S multiplies pairs of bfloat16 (vdpbf16ps) and q and the cache are bfloat16, tiles stay in pairs.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 #include <utility>
 
 #include "paged_attention.h"
+#include "products.h"
 
 namespace anabranch {
 
@@ -20,106 +22,13 @@ constexpr int kTile = 64;
 constexpr int kDirectRows = 8;  // query rows of a V head up to which its rows are used where they lie
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-inline int padded(int n, int to) { return (n + to - 1) / to * to; }
-
-// The rows of the next tile, head after head. Every step of the work on this tile asks the memory for one of them: it
-// stays busy through the whole tile, not only while rows are read.
-template <class S>
-class Ahead {
- public:
-  struct Rows {
-    const char* base;
-    const int64_t* offset;  // of each row, in elements
-    int64_t element, bytes;
-    int size;
-  };
-
-  Ahead() = default;
-  Ahead(const Rows& k, int64_t k_head, int k_heads, const Rows& v, int64_t v_head, int v_heads)
-      : rows_(k), v_(v), k_head_(k_head), v_head_(v_head), left_k_(k_heads), left_(k.size * (k_heads + v_heads)) {}
-
-  void ask() {
-    if (left_ == 0) return;
-    --left_;
-    const char* row = rows_.base + rows_.offset[at_] * rows_.element;
-    for (int64_t byte = 0; byte < rows_.bytes; byte += 64) S::prefetch(row + byte);
-    if (++at_ < rows_.size) return;
-    at_ = 0;
-    if (--left_k_ > 0)
-      rows_.base += k_head_ * rows_.element;
-    else if (left_k_ == 0)
-      rows_ = v_;
-    else
-      rows_.base += v_head_ * rows_.element;
-  }
-
- private:
-  Rows rows_{}, v_{};
-  int64_t k_head_ = 0, v_head_ = 0;
-  int left_k_ = 0, left_ = 0, at_ = 0;
-};
-
-struct Matrix {
-  float* data;
-  int64_t row;  // stride
-};
-
-// c[R][C * W] = (add ? c : 0) + a[R][K] · b[K][C * W]; a and b hold floats, or pairs of bfloat16 when `pairs`.
-template <class S, bool pairs, int R, int C>
-[[gnu::noinline]] void multiply_block(Matrix a, Matrix b, Matrix c, int K, bool add, Ahead<S>& ahead) {
-  using F = typename S::F;
-  F sum[R][C];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-    for (int i = 0; i < C; ++i) sum[r][i] = add ? S::load(c.data + r * c.row + i * S::W) : S::zero();
-  for (int k = 0; k < K; ++k) {
-    ahead.ask();
-    F column[C];
-#pragma GCC unroll 16
-    for (int i = 0; i < C; ++i) column[i] = S::load(b.data + k * b.row + i * S::W);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const F factor = S::set1(a.data[r * a.row + k]);
-#pragma GCC unroll 16
-      for (int i = 0; i < C; ++i) {
-        if constexpr (pairs)
-          sum[r][i] = S::dot2(factor, column[i], sum[r][i]);
-        else
-          sum[r][i] = S::fma(factor, column[i], sum[r][i]);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-    for (int i = 0; i < C; ++i) S::store(c.data + r * c.row + i * S::W, sum[r][i]);
-}
-
-template <class S, bool pairs, int R, int C>
-inline void multiply_rows(int& rows, Matrix& a, Matrix b, Matrix& c, int K, bool add, Ahead<S>& ahead) {
-  for (; rows >= R; rows -= R, a.data += R * a.row, c.data += R * c.row)
-    multiply_block<S, pairs, R, C>(a, b, c, K, add, ahead);
-}
-
-template <class S, bool pairs, int C>
-inline void multiply_columns(int rows, Matrix a, Matrix b, Matrix c, int K, bool add, Ahead<S>& ahead) {
-  // R * C sums, C columns and one factor fit the vector registers: 32 of AVX-512, 16 of the others.
-  if constexpr (S::W == 16 && C <= 2) multiply_rows<S, pairs, 8, C>(rows, a, b, c, K, add, ahead);
-  if constexpr (S::W == 16 || C <= 2) multiply_rows<S, pairs, 4, C>(rows, a, b, c, K, add, ahead);
-  multiply_rows<S, pairs, 2, C>(rows, a, b, c, K, add, ahead);
-  multiply_rows<S, pairs, 1, C>(rows, a, b, c, K, add, ahead);
-}
-
-// c[rows][n] = (add ? c : 0) + a[rows][K] · b[K][n]; n is a multiple of W. A row's sum does not depend on the others.
-template <class S, bool pairs>
-inline void multiply(int rows, int n, Matrix a, Matrix b, Matrix c, int K, bool add, Ahead<S>& ahead) {
-  // Few rows need more columns: below eight sums at a time each waits for the one before.
-  for (; rows < 8 && n >= 4 * S::W; n -= 4 * S::W, b.data += 4 * S::W, c.data += 4 * S::W)
-    multiply_columns<S, pairs, 4>(rows, a, b, c, K, add, ahead);
-  for (; n >= 2 * S::W; n -= 2 * S::W, b.data += 2 * S::W, c.data += 2 * S::W)
-    multiply_columns<S, pairs, 2>(rows, a, b, c, K, add, ahead);
-  if (n > 0) multiply_columns<S, pairs, 1>(rows, a, b, c, K, add, ahead);
+// Asks the memory for a row of the next tile. Every row of V asks for its counterpart as it is used, and the K rows are
+// asked for beside the softmax: the memory stays busy through the whole tile, and nobody has to remember what was asked
+// for.
+template <class S, class T>
+inline void ask_for(const T* row, int elements) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  for (int byte = 0; byte < elements * static_cast<int>(sizeof(T)); byte += 64) S::prefetch_second(bytes + byte);
 }
 
 // W elements from p, of which only `valid` exist; the others are 0.
@@ -142,7 +51,7 @@ inline void widen_row(const T* from, int n, float scale, float* to) {
 
 // to[d][i] = rows[i][d] times scales[i] for W rows of n elements; a null row stands for zeros.
 template <class S, class T>
-inline void transpose_rows(const T* const (&rows)[S::W], const float (&scales)[S::W], int n, Matrix to) {
+inline void transpose_rows(const T* const (&rows)[S::W], const float* scales, int n, Matrix to) {
   constexpr int W = S::W;
   for (int d = 0; d < n; d += W) {
     const int depth = n - d < W ? n - d : W;
@@ -160,17 +69,26 @@ inline void transpose_rows(const T* const (&rows)[S::W], const float (&scales)[S
   }
 }
 
-template <class S>
-[[gnu::noinline]] typename S::F load_some_pairs(const bfloat16* p, int valid) {
-  float some[S::W] = {};
-  std::memcpy(some, p, valid * 2);
-  return S::load(some);
+// 2 * W elements as pairs of bfloat16, which hold every int8.
+template <class S, class T>
+inline typename S::F load_pairs(const T* p) {
+  if constexpr (sizeof(T) == 1)
+    return S::widen_to_pairs(p);
+  else
+    return S::load(reinterpret_cast<const float*>(p));
+}
+
+template <class S, class T>
+[[gnu::noinline]] typename S::F load_some_pairs(const T* p, int valid) {
+  T some[2 * S::W] = {};
+  std::memcpy(some, p, valid * sizeof(T));
+  return load_pairs<S>(some);
 }
 
 // The same for bfloat16, two elements in a lane until they are apart: half the shuffles. to[d / 2][i] takes pairs if
 // `keep_pairs`, else to[d][i] takes floats. Writes up to the next multiple of 2 * W of n.
-template <class S, bool keep_pairs>
-inline void transpose_pairs(const bfloat16* const (&rows)[S::W], int n, Matrix to) {
+template <class S, bool keep_pairs, class T>
+inline void transpose_pairs(const T* const (&rows)[S::W], int n, Matrix to) {
   constexpr int W = S::W;
   for (int d = 0; d < n; d += 2 * W) {
     typename S::F block[W];
@@ -179,7 +97,7 @@ inline void transpose_pairs(const bfloat16* const (&rows)[S::W], int n, Matrix t
       if (rows[i] == nullptr)
         block[i] = S::zero();
       else
-        block[i] = n - d >= 2 * W ? S::load(reinterpret_cast<const float*>(rows[i] + d)) : load_some_pairs<S>(rows[i] + d, n - d);
+        block[i] = n - d >= 2 * W ? load_pairs<S>(rows[i] + d) : load_some_pairs<S>(rows[i] + d, n - d);
     }
     S::transpose(block);
 #pragma GCC unroll 16
@@ -194,77 +112,147 @@ inline void transpose_pairs(const bfloat16* const (&rows)[S::W], int n, Matrix t
   }
 }
 
-// c[R][C * W] += a[R][n] · rows[n][C * W] times scales[n] where T is int8, straight from the cache. Unpacking rows into
-// scratch memory first costs more than it saves below some ten query rows: almost every load then shares its low
-// address bits with a store still in flight, and waits for it.
+// 2 * W elements as floats; those of bfloat16 with even and odd ones apart, which needs no shuffle.
+template <class S, class T>
+inline void widen_two(const T* p, typename S::F& a, typename S::F& b) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const typename S::F pairs = S::load(reinterpret_cast<const float*>(p));
+    a = S::first_of_pairs(pairs), b = S::second_of_pairs(pairs);
+  } else {
+    a = S::widen(p), b = S::widen(p + S::W);
+  }
+}
+
+// c[R][C * 2 * W] += a[R][n] · rows[n][C * 2 * W] times scales[n] where T is int8, straight from the cache. Unpacking rows
+// into scratch memory first costs more than it saves below some ten query rows: almost every load then shares its low
+// address bits with a store still in flight, and waits for it. Products of bfloat16 pairs would not pay here: Intel's
+// vdpbf16ps takes four times as long as an fma for twice the work.
+template <class T>
+struct Rows {
+  const T* base;
+  const int64_t* offset;  // of each row, in elements
+  const T* operator[](int j) const { return base + offset[j]; }
+};
+
 template <class S, class T, int R, int C>
-[[gnu::noinline]] void add_rows(const T* base, const int64_t* offset, const float* scales, int n, Matrix a, Matrix c,
-                                Ahead<S>& ahead) {
-  typename S::F sum[R][C];
+[[gnu::noinline]] void add_rows(Rows<T> rows, Rows<T> ahead, const float* scales, int n, Matrix a, Matrix c) {
+  using F = typename S::F;
+  constexpr int W = S::W;
+  constexpr bool apart = std::is_same_v<T, bfloat16>;
+  F sum[R][2 * C];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int i = 0; i < C; ++i) sum[r][i] = S::load(c.data + r * c.row + i * S::W);
+    for (int i = 0; i < 2 * C; i += 2) {
+      sum[r][i] = S::load(c.data + r * c.row + i * W), sum[r][i + 1] = S::load(c.data + r * c.row + (i + 1) * W);
+      if (apart) S::separate(sum[r][i], sum[r][i + 1]);
+    }
   for (int j = 0; j < n; ++j) {
-    ahead.ask();
-    const T* row = base + offset[j];
-    typename S::F v[C];
+    ask_for<S>(ahead[j], C * 2 * W);
+    const T* row = rows[j];
+    F v[2 * C];
 #pragma GCC unroll 16
-    for (int i = 0; i < C; ++i) v[i] = S::widen(row + i * S::W);
+    for (int i = 0; i < 2 * C; i += 2) widen_two<S>(row + i * W, v[i], v[i + 1]);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const float p = a.data[r * a.row + j];
-      const typename S::F factor = S::set1(sizeof(T) == 1 ? p * scales[j] : p);
+      const F factor = S::set1(sizeof(T) == 1 ? p * scales[j] : p);
 #pragma GCC unroll 16
-      for (int i = 0; i < C; ++i) sum[r][i] = S::fma(factor, v[i], sum[r][i]);
+      for (int i = 0; i < 2 * C; ++i) sum[r][i] = S::fma(factor, v[i], sum[r][i]);
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int i = 0; i < C; ++i) S::store(c.data + r * c.row + i * S::W, sum[r][i]);
+    for (int i = 0; i < 2 * C; i += 2) {
+      if (apart) S::interleave(sum[r][i], sum[r][i + 1]);
+      S::store(c.data + r * c.row + i * W, sum[r][i]), S::store(c.data + r * c.row + (i + 1) * W, sum[r][i + 1]);
+    }
 }
 
+// Attention of one item: some new tokens of one sequence, some groups of heads, a stretch of the cache. Its rows are the
+// query rows of all its groups, group after group; scores exist for one group at a time.
 template <class S>
 class AttentionKernel {
   using F = typename S::F;
-  static constexpr int W = S::W;
+  static constexpr int W = S::W, kVectors = kTile / W;
 
  public:
   AttentionKernel(const AttentionCall& call, const AttentionItem& item, float* scratch)
-      : c_(call), item_(item), heads_(call.Hq / call.groups()), rows_(heads_ * item.tokens),
-        Dk_(padded(call.Dk, 2 * W)), Dv_(padded(call.Dv, W)), table_(call.page_table + item.sequence * call.table_row),
-        k_pairs_(S::pairs && call.q_type == Type::bf16 && call.k_type == Type::bf16),
-        v_rows_(rows_ / (call.Hv / call.groups())), v_direct_(v_rows_ <= kDirectRows && call.Dv % W == 0),
-        v_pairs_(S::pairs && !v_direct_ && call.q_type == Type::bf16 && call.v_type == Type::bf16) {
-    const int new_tokens = call.cu_seqlens_q[item.sequence + 1] - call.cu_seqlens_q[item.sequence];
-    position_ = call.seq_lens[item.sequence] - new_tokens + item.first_token;
+      : c_(call), item_(item), heads_(call.Hq / call.groups()), k_heads_(call.Hk / call.groups()),
+        v_heads_(call.Hv / call.groups()), group_rows_(heads_ * item.tokens), rows_(group_rows_ * item.groups),
+        Dk_(padded(call.Dk, 2 * W)), Dv_(padded(call.Dv, 2 * W)),
+        k_pairs_(in_pairs(call.q_type, call.k_type)),
+        k_direct_(S::tiles && k_pairs_ && group_rows_ / k_heads_ <= 16),
+        v_direct_(group_rows_ / v_heads_ <= kDirectRows && call.Dv % (2 * W) == 0),
+        v_pairs_(!v_direct_ && in_pairs(call.q_type, call.v_type)) {
+    position_ = call.seq_lens[item.sequence] - new_tokens(item) + item.first_token;
     q_ = scratch;
-    keys_ = q_ + int64_t{rows_} * Dk_;
+    keys_ = q_ + (k_direct_ ? int64_t{item.groups} * k_heads_ * packed_query() : int64_t{rows_} * Dk_);
     scores_ = keys_ + int64_t{Dk_} * kTile;
-    values_ = scores_ + int64_t{rows_} * kTile;
+    values_ = scores_ + int64_t{group_rows_} * kTile;
     sum_ = values_ + int64_t{kTile} * Dv_;
     highest_ = sum_ + int64_t{rows_} * Dv_;
     total_ = highest_ + rows_;
   }
 
-  static int64_t scratch_floats(const AttentionCall& call, int tokens) {
-    const int64_t rows = int64_t{call.Hq / call.groups()} * tokens, Dk = padded(call.Dk, 2 * W), Dv = padded(call.Dv, W);
-    return rows * (Dk + kTile + Dv + 2) + (Dk + Dv) * kTile;
+  static int64_t scratch_floats(const AttentionCall& call, int groups, int tokens) {
+    const int64_t rows = int64_t{call.Hq / call.groups()} * tokens, Dk = padded(call.Dk, 2 * W), Dv = padded(call.Dv, 2 * W);
+    const int64_t q = std::max(rows * groups * Dk, int64_t{groups} * (call.Hk / call.groups()) * 8 * Dk);
+    // Tiles read sixteen rows of q or of scores at a time, whatever the last ones hold.
+    return q + rows * groups * (Dv + 2) + rows * kTile + (Dk + Dv) * kTile + 16 * std::max<int64_t>(Dk, kTile);
   }
 
-  void attend() {
+  // `after` is what this thread will do next, or null: its first tile is asked for while the last one of this is used.
+  void attend(const AttentionItem* after) {
+    if constexpr (S::tiles) {
+      const typename S::Tiles tiles;
+      attend_all(after);
+    } else {
+      attend_all(after);
+    }
+  }
+
+  // Scores of every row in base 2, scaled, -inf where hidden, to scores[row][j]; for the selective path, one group.
+  void score(float* scores, int64_t stride) {
+    if constexpr (S::tiles) {
+      const typename S::Tiles tiles;
+      score_all(scores, stride);
+    } else {
+      score_all(scores, stride);
+    }
+  }
+
+ private:
+  // Whether products with a cache of this type are made of pairs of bfloat16.
+  static bool in_pairs(Type q, Type cache) {
+    return S::pairs && q == Type::bf16 && (cache == Type::bf16 || cache == Type::i8);
+  }
+
+  int new_tokens(const AttentionItem& item) const {
+    return c_.cu_seqlens_q[item.sequence + 1] - c_.cu_seqlens_q[item.sequence];
+  }
+
+  void attend_all(const AttentionItem* after) {
     load_queries();
     for (int64_t i = 0; i < int64_t{rows_} * Dv_; ++i) sum_[i] = 0.0f;
     for (int row = 0; row < rows_; ++row) highest_[row] = -INFINITY, total_[row] = 0.0f;
-    locate(item_.begin / kTile * kTile, *next_);
-    for (int begin = item_.begin / kTile * kTile; begin < item_.end; begin += kTile) {
-      advance(begin);
-      const int size = now_->size;
+    const int start = item_.begin / kTile * kTile;
+    locate(item_, start, *next_);
+    for (int begin = start; begin < item_.end; begin += kTile) {
+      std::swap(now_, next_);
+      if (begin + kTile < item_.end)
+        locate(item_, begin + kTile, *next_);
+      else if (after != nullptr)
+        locate(*after, after->begin / kTile * kTile, *next_);
+      else
+        *next_ = *now_;
       const int first = begin > position_ ? begin - position_ : 0;  // earlier tokens see nothing of this tile
-      score_tile(size, first);
-      soften_tile(begin, size, first);
-      add_values(size, first);
+      for (int group = 0; group < item_.groups; ++group) {
+        score_tile(group, first);
+        soften_tile(group, begin, first);
+        add_values(group, first);
+      }
     }
     if (item_.partial != nullptr)
       write_partial();
@@ -272,32 +260,45 @@ class AttentionKernel {
       write_result();
   }
 
-  // Scores of every row in base 2, scaled, -inf where hidden, to scores[row][j]; for the selective path.
-  void score(float* scores, int64_t stride) {
+  void score_all(float* scores, int64_t stride) {
     load_queries();
-    locate(item_.begin / kTile * kTile, *next_);
-    for (int begin = item_.begin / kTile * kTile; begin < item_.end; begin += kTile) {
-      advance(begin);
-      const int size = now_->size;
-      score_tile(size, 0);
+    const int start = item_.begin / kTile * kTile;
+    locate(item_, start, *next_);
+    for (int begin = start; begin < item_.end; begin += kTile) {
+      std::swap(now_, next_);
+      locate(item_, begin + kTile, *next_);
+      if (next_->size == 0) *next_ = *now_;
+      score_tile(0, 0);
       for (int row = 0; row < rows_; ++row) {
-        int low, high;
-        visible(row % item_.tokens, begin, size, &low, &high);
-        for (int j = 0; j < size; ++j)
+        const auto [low, high] = visible(row % item_.tokens, begin);
+        for (int j = 0; j < now_->size; ++j)
           scores[row * stride + begin + j] =
               j < low || j >= high ? -INFINITY : scores_[int64_t{row} * kTile + j] * (c_.scale * kLog2e);
       }
     }
   }
 
- private:
-  int head(int row) const { return item_.group * heads_ + row / item_.tokens; }
+  int head(int row) const { return item_.first_group * heads_ + row / item_.tokens; }
   Matrix query(int row) const { return {q_ + int64_t{row} * Dk_, Dk_}; }
-  Matrix scores(int row) const { return {scores_ + int64_t{row} * kTile, kTile}; }
+  Matrix scores(int group_row) const { return {scores_ + int64_t{group_row} * kTile, kTile}; }
   Matrix sum(int row) const { return {sum_ + int64_t{row} * Dv_, Dv_}; }
   int64_t token(int row) const { return c_.cu_seqlens_q[item_.sequence] + item_.first_token + row % item_.tokens; }
 
+  // Floats of a K head's query rows when they are laid out for score_directly: [pair][16 rows].
+  int64_t packed_query() const { return int64_t{Dk_} * 8; }
+
+  void pack_queries() {
+    const int rows = group_rows_ / k_heads_;
+    std::fill_n(q_, item_.groups * k_heads_ * packed_query(), 0.0f);
+    for (int row = 0; row < rows_; ++row) {
+      const auto* from = static_cast<const bfloat16*>(c_.q) + token(row) * c_.q_token + head(row) * c_.q_head;
+      float* to = q_ + row / rows * packed_query() + row % rows;
+      for (int d = 0; d < c_.Dk; d += 2) std::memcpy(to + d * 8, from + d, d + 1 < c_.Dk ? 4 : 2);
+    }
+  }
+
   void load_queries() {
+    if (k_direct_) return pack_queries();
     with_type(c_.q_type, [&](auto* type) {
       for (int row = 0; row < rows_; ++row) {
         const auto* from = static_cast<decltype(type)>(c_.q) + token(row) * c_.q_token + head(row) * c_.q_head;
@@ -312,90 +313,167 @@ class AttentionKernel {
     });
   }
 
-  // Where each token of a tile lies, without a division for each.
+  // Where each token of a tile lies, without a division for each. Behind the last one, the last one is repeated.
   struct Places {
     int size = 0;
     int page[kTile], slot[kTile];
     int64_t k[kTile], v[kTile];  // offset of the token's row in head 0, in elements
+    bool straight[kTile / 16];   // whether sixteen K rows follow each other
   };
 
-  void locate(int begin, Places& places) const {
-    const int left = item_.end - begin, size = left < 0 ? 0 : left < kTile ? left : kTile;
+  void locate(const AttentionItem& item, int begin, Places& places) const {
+    const int left = item.end - begin;
+    const int32_t* table = c_.page_table + item.sequence * c_.table_row;
     int index = begin / c_.page, slot = begin % c_.page;
-    places.size = size;
-    for (int j = 0; j < size; ++j) {
-      const int64_t page = table_[index];
-      places.page[j] = table_[index];
+    places.size = left < 0 ? 0 : left < kTile ? left : kTile;
+    for (int j = 0; j < places.size; ++j) {
+      const int64_t page = table[index];
+      places.page[j] = table[index];
       places.slot[j] = slot;
       places.k[j] = page * c_.k_page + slot * c_.k_slot;
       places.v[j] = page * c_.v_page + slot * c_.v_slot;
       if (++slot == c_.page) slot = 0, ++index;
     }
-  }
-
-  void advance(int begin) {
-    std::swap(now_, next_);
-    locate(begin + kTile, *next_);
-    const int k_heads = c_.Hk / c_.groups(), v_heads = c_.Hv / c_.groups();
-    const int64_t k_element = size_of(c_.k_type), v_element = size_of(c_.v_type);
-    ahead_ = {{static_cast<const char*>(c_.k) + item_.group * k_heads * c_.k_head * k_element, next_->k, k_element,
-               c_.Dk * k_element, next_->size},
-              c_.k_head,
-              k_heads,
-              {static_cast<const char*>(c_.v) + item_.group * v_heads * c_.v_head * v_element, next_->v, v_element,
-               c_.Dv * v_element, next_->size},
-              c_.v_head,
-              v_heads};
+    if (places.size == 0) return;
+    for (int j = places.size; j < kTile; ++j) places.k[j] = places.k[j - 1], places.v[j] = places.v[j - 1];
+    for (int j = 0; j < kTile; j += 16) {
+      bool& straight = places.straight[j / 16] = true;
+      for (int i = j + 1; i < j + 16; ++i) straight &= places.k[i] - places.k[i - 1] == c_.k_slot;
+    }
   }
 
   template <class T>
-  const T* k_row(int h, int j) const {
-    return static_cast<const T*>(c_.k) + h * c_.k_head + now_->k[j];
+  const T* k_row(int h, int j, const Places& places) const {
+    return static_cast<const T*>(c_.k) + h * c_.k_head + places.k[j];
   }
   template <class T>
-  const T* v_row(int h, int j) const {
-    return static_cast<const T*>(c_.v) + h * c_.v_head + now_->v[j];
+  const T* v_head(int h) const {
+    return static_cast<const T*>(c_.v) + h * c_.v_head;
   }
-  float k_scale(int h, int j) const { return c_.k_scales[(int64_t{now_->page[j]} * c_.Hk + h) * c_.page + now_->slot[j]]; }
-  float v_scale(int h, int j) const { return c_.v_scales[(int64_t{now_->page[j]} * c_.Hv + h) * c_.page + now_->slot[j]]; }
+  template <class T>
+  const T* v_row(int h, int j, const Places& places) const {
+    return v_head<T>(h) + places.v[j];
+  }
 
-  // keys_[d][token], or keys_[d / 2][token] as pairs of bfloat16; columns past `size` up to a multiple of W are 0.
+  // The scales of a head's rows of this tile, run by run of slots in one page; 0 behind the last one.
+  void gather_scales(const float* all, int heads, int h, float* to) const {
+    int j = 0;
+    while (j < now_->size) {
+      const int left = now_->size - j, room = c_.page - now_->slot[j], run = left < room ? left : room;
+      std::memcpy(to + j, all + (int64_t{now_->page[j]} * heads + h) * c_.page + now_->slot[j], run * 4);
+      j += run;
+    }
+    for (; j < kTile; ++j) to[j] = 0.0f;
+  }
+
+  // keys_[d][token], or keys_[d / 2][token] as pairs of bfloat16 (int8 unscaled); columns past the tile's size up to a
+  // multiple of W are 0.
   template <class T>
-  void transpose_keys(int h, int size) {
-    for (int j = 0; j < size; j += W) {
+  void transpose_keys(int h, const float* scales) {
+    for (int j = 0; j < now_->size; j += W) {
       const T* rows[W];
-      float scales[W];
       for (int i = 0; i < W; ++i) {
-        ahead_.ask();
-        rows[i] = j + i < size ? k_row<T>(h, j + i) : nullptr;
-        scales[i] = sizeof(T) == 1 && j + i < size ? k_scale(h, j + i) : 1.0f;
+        rows[i] = j + i < now_->size ? k_row<T>(h, j + i, *now_) : nullptr;
       }
       const Matrix to{keys_ + j, kTile};
-      if constexpr (!std::is_same_v<T, bfloat16>)
-        transpose_rows<S>(rows, scales, c_.Dk, to);
-      else if (k_pairs_)
-        transpose_pairs<S, true>(rows, c_.Dk, to);
-      else
+      if constexpr (S::pairs && (std::is_same_v<T, bfloat16> || sizeof(T) == 1)) {
+        if (k_pairs_) {
+          transpose_pairs<S, true>(rows, c_.Dk, to);
+          continue;
+        }
+      }
+      if constexpr (std::is_same_v<T, bfloat16>)
         transpose_pairs<S, false>(rows, c_.Dk, to);
+      else
+        transpose_rows<S>(rows, scales + j, c_.Dk, to);
     }
   }
 
-  // scores_[row][token] = q · k for the rows of tokens from `first` on.
-  void score_tile(int size, int first) {
-    const int width = padded(size, W), k_heads = c_.Hk / c_.groups(), shared = heads_ / k_heads;
-    for (int h = 0; h < k_heads; ++h) {
-      const int k_head = item_.group * k_heads + h;
+  // scores_[row][token] = q · k for the group's rows of tokens from `first` on.
+  void score_tile(int group, int first) {
+    const int width = padded(now_->size, W), shared = heads_ / k_heads_;
+    const bool scaled = c_.k_type == Type::i8;
+    float scales[kTile];
+    for (int h = 0; h < k_heads_; ++h) {
+      const int k_head = (item_.first_group + group) * k_heads_ + h;
+      if (scaled) gather_scales(c_.k_scales, c_.Hk, k_head, scales);
       with_type(c_.k_type, [&](auto* type) {
-        transpose_keys<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(k_head, size);
+        using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+        if (k_direct_)
+          score_directly<T>(group, h, scales);
+        else
+          transpose_keys<T>(k_head, scales);
       });
+      if (k_direct_) continue;
       for_rows(h * shared, shared, first, [&](int row, int rows) {
-        const Matrix q = query(row), keys{keys_, kTile}, to = scores(row);
+        const Matrix q = query(group * group_rows_ + row), keys{keys_, kTile}, to = scores(row);
         if constexpr (S::pairs) {
-          if (k_pairs_) return multiply<S, true>(rows, width, q, keys, to, (c_.Dk + 1) / 2, false, ahead_);
+          if (k_pairs_) {
+            multiply<S, true>(rows, width, q, keys, to, (c_.Dk + 1) / 2, false);
+            if (scaled) scale_columns(to, rows, scales);
+            return;
+          }
         }
-        multiply<S, false>(rows, width, q, keys, to, c_.Dk, false, ahead_);
+        multiply<S, false>(rows, width, q, keys, to, c_.Dk, false);
       });
     }
+  }
+
+  // The same by tiles for at most sixteen query rows of a K head. K rows are used where they lie, so that not they have
+  // to be transposed, only their scores.
+  template <class T>
+  void score_directly(int group, int h, const float* scales) {
+    if constexpr (S::tiles && (std::is_same_v<T, bfloat16> || sizeof(T) == 1)) {
+      const int k_head = (item_.first_group + group) * k_heads_ + h, rows = group_rows_ / k_heads_;
+      const float* q = q_ + int64_t{group * k_heads_ + h} * packed_query();
+      std::pair<const char*, int64_t> keys[4];  // address and bytes of a row
+      for (int b = 0; b < 4; ++b) keys[b] = lay_keys<T>(k_head, b);
+      S::template tile_zero<0>(), S::template tile_zero<1>(), S::template tile_zero<2>(), S::template tile_zero<3>();
+      for (int step = 0; step < Dk_ / 32; ++step) {
+        S::template tile_load<6>(q + step * 256, 64);
+        S::template tile_load<4>(keys[0].first + step * 64, keys[0].second), S::template tile_dot<0, 4, 6>();
+        S::template tile_load<5>(keys[1].first + step * 64, keys[1].second), S::template tile_dot<1, 5, 6>();
+        S::template tile_load<4>(keys[2].first + step * 64, keys[2].second), S::template tile_dot<2, 4, 6>();
+        S::template tile_load<5>(keys[3].first + step * 64, keys[3].second), S::template tile_dot<3, 5, 6>();
+      }
+      alignas(64) float products[4][16][16];  // [block][token][query row]
+      S::template tile_store<0>(products[0], 64), S::template tile_store<1>(products[1], 64);
+      S::template tile_store<2>(products[2], 64), S::template tile_store<3>(products[3], 64);
+      for (int b = 0; b < 4; ++b) {
+        F block[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) block[i] = S::load(products[b][i]);
+        S::transpose(block);
+        for (int r = 0; r < rows; ++r) {
+          const F score = sizeof(T) == 1 ? S::mul(block[r], S::load(scales + b * 16)) : block[r];
+          S::store(scores(h * rows + r).data + b * 16, score);
+        }
+      }
+    }
+  }
+
+  // Sixteen K rows of a tile for tiles to load. Rows that do not follow each other, or have to be widened or padded, are
+  // laid into keys_.
+  template <class T>
+  std::pair<const char*, int64_t> lay_keys(int k_head, int block) {
+    const int j = block * 16;
+    if (std::is_same_v<T, bfloat16> && now_->straight[block] && c_.Dk == Dk_)
+      return {reinterpret_cast<const char*>(k_row<T>(k_head, j, *now_)), c_.k_slot * 2};
+    float* to = keys_ + int64_t{j} * Dk_ / 2;
+    for (int i = 0; i < 16; ++i)
+      for (int d = 0; d < c_.Dk; d += 2 * W) {
+        const T* from = k_row<T>(k_head, j + i, *now_) + d;
+        S::store(to + (int64_t{i} * Dk_ + d) / 2, c_.Dk - d < 2 * W ? load_some_pairs<S>(from, c_.Dk - d) : load_pairs<S>(from));
+      }
+    return {reinterpret_cast<const char*>(to), int64_t{Dk_} * 2};
+  }
+
+  static void scale_columns(Matrix m, int rows, const float* scales) {
+    for (int row = 0; row < rows; ++row)
+      for (int j = 0; j < kTile; j += W) {
+        float* at = m.data + row * m.row + j;
+        S::store(at, S::mul(S::load(at), S::load(scales + j)));
+      }
   }
 
   // Runs body(row, rows) over the rows of `heads` heads, leaving out their first `first` tokens.
@@ -407,146 +485,178 @@ class AttentionKernel {
   }
 
   // Which tokens [low, high) of the tile the row of new token `a` sees.
-  void visible(int a, int begin, int size, int* low, int* high) const {
+  std::pair<int, int> visible(int a, int begin) const {
     const int64_t position = position_ + a;
     const int64_t oldest = c_.window ? position - c_.window + 1 : 0;
     const int64_t from = (oldest > item_.begin ? oldest : item_.begin) - begin, to = position + 1 - begin;
-    *low = static_cast<int>(from < 0 ? 0 : from);
-    *high = static_cast<int>(to < size ? to : size);
+    return {static_cast<int>(from < 0 ? 0 : from), static_cast<int>(to < now_->size ? to : now_->size)};
   }
 
   // Scores become probabilities relative to the row's highest score so far; sums so far are rescaled to it.
-  void soften_tile(int begin, int size, int first) {
-    const int width = padded(size, W);
-    const F factor = S::set1(c_.scale * kLog2e);
-    for_rows(0, heads_, first, [&](int row0, int rows) {
-      for (int row = row0; row < row0 + rows; ++row) {
-        float* s = scores_ + int64_t{row} * kTile;
-        int low, high;
-        visible(row % item_.tokens, begin, size, &low, &high);
-        if (low >= high) {
-          for (int j = 0; j < width; ++j) s[j] = 0.0f;
-          continue;
+  void soften_tile(int group, int begin, int first) {
+    const int shared = heads_ / v_heads_;
+    const bool scaled = v_pairs_ && c_.v_type == Type::i8;  // a pair holds the int8 itself: its scale goes to the weight
+    float scales[kTile];
+    for (int h = 0; h < v_heads_; ++h) {
+      const int v_head = (item_.first_group + group) * v_heads_ + h;
+      if (scaled) gather_scales(c_.v_scales, c_.Hv, v_head, scales);
+      for_rows(h * shared, shared, first, [&](int row, int rows) {
+        for (int r = row; r < row + rows; ++r) {
+          ask_for_keys(group, r);
+          soften_row(group * group_rows_ + r, scores(r).data, begin, scaled ? scales : nullptr);
         }
-        F top = S::set1(-INFINITY);
-        for (int j = 0; j < width; j += W) S::store(s + j, S::mul(S::load(s + j), factor));
-        for (int j = 0; j < low; ++j) s[j] = -INFINITY;
-        for (int j = high; j < width; ++j) s[j] = -INFINITY;
-        for (int j = 0; j < width; j += W) top = S::max(top, S::load(s + j));
-        const float before = highest_[row], tile = S::highest(top), now = before > tile ? before : tile;
-        const F shift = S::set1(-now);
-        F total = S::zero();
-        for (int j = 0; j < width; j += W) {
-          const F p = S::exp2(S::add(S::load(s + j), shift));
-          total = S::add(total, p);
-          S::store(s + j, p);
-        }
-        if (now != before) {
-          const float fade = before == -INFINITY ? 0.0f : exp2f(before - now);
-          float* sum = sum_ + int64_t{row} * Dv_;
-          for (int d = 0; d < Dv_; d += W) S::store(sum + d, S::mul(S::load(sum + d), S::set1(fade)));
-          total_[row] *= fade;
-          highest_[row] = now;
-        }
-        total_[row] += S::sum(total);
-        if constexpr (S::pairs) {
-          if (v_pairs_)
-            for (int j = 0; j < kTile; j += 2 * W) {
-              const F low_half = j < width ? S::load(s + j) : S::zero();
-              const F high_half = j + W < width ? S::load(s + j + W) : S::zero();
-              S::store(s + j / 2, S::round_to_pairs(low_half, high_half));
-            }
-        }
-      }
+      });
+    }
+  }
+
+  // Asks for the K rows of the next tile while the scores of this one are softened, which needs no memory: a share of
+  // them beside each of the group's rows.
+  void ask_for_keys(int group, int row) const {
+    const int all = k_heads_ * kTile;
+    with_type(c_.k_type, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      for (int i = row * all / group_rows_; i < (row + 1) * all / group_rows_; ++i)
+        ask_for<S>(k_row<T>((item_.first_group + group) * k_heads_ + i / kTile, i % kTile, *next_), c_.Dk);
     });
+  }
+
+  void soften_row(int row, float* s, int begin, const float* scales) {
+    const auto [low, high] = visible(row % item_.tokens, begin);
+    if (low >= high) {
+      for (int j = 0; j < kTile; ++j) s[j] = 0.0f;
+      return;
+    }
+    float factor = c_.scale * kLog2e;
+    if (low > 0 || high < kTile) {
+      for (int j = 0; j < kTile; ++j) s[j] = j < low || j >= high ? -INFINITY : s[j] * factor;
+      factor = 1.0f;
+    }
+    F p[kVectors], top = S::set1(-INFINITY), total = S::zero();
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) {
+      p[i] = S::mul(S::load(s + i * W), S::set1(factor));
+      top = S::max(top, p[i]);
+    }
+    const float before = highest_[row], tile = S::highest(top), now = before > tile ? before : tile;
+    const F shift = S::set1(-now);
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) {
+      p[i] = S::exp2(S::add(p[i], shift));
+      total = S::add(total, p[i]);
+    }
+    store_probabilities(p, s, scales);
+    if (now != before) {
+      const float fade = before == -INFINITY ? 0.0f : exp2f(before - now);
+      float* sum = sum_ + int64_t{row} * Dv_;
+      for (int d = 0; d < Dv_; d += W) S::store(sum + d, S::mul(S::load(sum + d), S::set1(fade)));
+      total_[row] *= fade;
+      highest_[row] = now;
+    }
+    total_[row] += S::sum(total);
+  }
+
+  void store_probabilities(F (&p)[kVectors], float* s, const float* scales) {
+    if constexpr (S::pairs) {
+      if (v_pairs_) {
+        if (scales != nullptr)
+#pragma GCC unroll 16
+          for (int i = 0; i < kVectors; ++i) p[i] = S::mul(p[i], S::load(scales + i * W));
+#pragma GCC unroll 16
+        for (int i = 0; i < kVectors; i += 2) S::store(s + i / 2 * W, S::round_to_pairs(p[i], p[i + 1]));
+        return;
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) S::store(s + i * W, p[i]);
   }
 
   // values_[token][d] as floats.
   template <class T>
-  void widen_values(int h, int size) {
-    for (int j = 0; j < size; ++j) {
-      ahead_.ask();
-      widen_row<S>(v_row<T>(h, j), c_.Dv, sizeof(T) == 1 ? v_scale(h, j) : 1.0f, values_ + int64_t{j} * Dv_);
+  void widen_values(int h, const float* scales) {
+    for (int j = 0; j < now_->size; ++j) {
+      ask_for<S>(v_row<T>(h, j, *next_), c_.Dv);
+      widen_row<S>(v_row<T>(h, j, *now_), c_.Dv, sizeof(T) == 1 ? scales[j] : 1.0f, values_ + int64_t{j} * Dv_);
     }
   }
 
-  // values_[token / 2][d], each a pair of bfloat16 along the tokens.
-  void pair_values(int h, int size) {
-    const bfloat16 zeros[W] = {};
-    for (int j = 0; j < size; j += 2) {
-      ahead_.ask();
-      const bfloat16* first = v_row<bfloat16>(h, j);
-      const bfloat16* second = j + 1 < size ? v_row<bfloat16>(h, j + 1) : nullptr;
-      for (int d = 0; d < c_.Dv; d += W) {
-        bfloat16 some[2][W] = {};
-        const bfloat16 *a = first + d, *b = second ? second + d : zeros;
-        if (c_.Dv - d < W) {
-          std::memcpy(some[0], a, (c_.Dv - d) * 2);
-          if (second) std::memcpy(some[1], b, (c_.Dv - d) * 2);
-          a = some[0], b = some[1];
-        }
-        S::store(values_ + int64_t{j / 2} * Dv_ + d, S::interleave(a, b));
+  // values_[token / 2][d], each a pair of bfloat16 along the tokens; zeros behind the last token.
+  template <class T>
+  void pair_values(int h) {
+    const auto pairs_of = [&](int j, int d) {
+      if (j >= now_->size) return S::zero();
+      const T* from = v_row<T>(h, j, *now_) + d;
+      return c_.Dv - d < 2 * W ? load_some_pairs<S>(from, c_.Dv - d) : load_pairs<S>(from);
+    };
+    for (int j = 0; j < padded(now_->size, 2 * W); j += 2) {
+      ask_for<S>(v_row<T>(h, j, *next_), c_.Dv);
+      ask_for<S>(v_row<T>(h, j + 1, *next_), c_.Dv);
+      for (int d = 0; d < c_.Dv; d += 2 * W) {
+        F low, high;
+        S::pair_rows(pairs_of(j, d), pairs_of(j + 1, d), low, high);
+        S::store(values_ + int64_t{j / 2} * Dv_ + d, low);
+        S::store(values_ + int64_t{j / 2} * Dv_ + d + W, high);
       }
     }
+  }
+
+  void add_values(int group, int first) {
+    const int shared = heads_ / v_heads_;
+    for (int h = 0; h < v_heads_; ++h)
+      with_type(c_.v_type, [&](auto* type) {
+        using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+        const int v_head = (item_.first_group + group) * v_heads_ + h;
+        if constexpr (S::pairs && (std::is_same_v<T, bfloat16> || sizeof(T) == 1))
+          if (v_pairs_) return add_head_in_pairs<T>(group, v_head, h * shared, shared, first);
+        add_head<T>(group, v_head, h * shared, shared, first);
+      });
   }
 
   template <class T>
-  void add_direct(int h, int size, int row, int rows) {
+  void add_head(int group, int v_head, int q_head, int q_heads, int first) {
     float scales[kTile];
-    if constexpr (sizeof(T) == 1)
-      for (int j = 0; j < size; ++j) scales[j] = v_scale(h, j);
-    const T* base = static_cast<const T*>(c_.v) + h * c_.v_head;
-    int d = 0;
-    for (; d + 4 * W <= c_.Dv; d += 4 * W) add_columns<T, 4>(base, scales, d, size, row, rows);
-    for (; d + 2 * W <= c_.Dv; d += 2 * W) add_columns<T, 2>(base, scales, d, size, row, rows);
-    for (; d < c_.Dv; d += W) add_columns<T, 1>(base, scales, d, size, row, rows);
+    if constexpr (sizeof(T) == 1) gather_scales(c_.v_scales, c_.Hv, v_head, scales);
+    if (!v_direct_) widen_values<T>(v_head, scales);
+    for_rows(q_head, q_heads, first, [&](int row, int rows) {
+      const Matrix p = scores(row), to = sum(group * group_rows_ + row);
+      if (v_direct_)
+        add_direct<T>(v_head, scales, rows, p, to);
+      else
+        multiply<S, false>(rows, Dv_, p, {values_, Dv_}, to, now_->size, true);
+    });
+  }
+
+  template <class T>
+  void add_head_in_pairs(int group, int v_head, int q_head, int q_heads, int first) {
+    pair_values<T>(v_head);
+    for_rows(q_head, q_heads, first, [&](int row, int rows) {
+      multiply<S, true>(rows, Dv_, scores(row), {values_, Dv_}, sum(group * group_rows_ + row), (now_->size + 1) / 2, true);
+    });
+  }
+
+  template <class T>
+  void add_direct(int h, const float* scales, int rows, Matrix p, Matrix to) {
+    for (int d = 0; d < c_.Dv;) {
+      const Rows<T> v{v_head<T>(h) + d, now_->v}, next{v_head<T>(h) + d, next_->v};
+      const Matrix columns{to.data + d, to.row};
+      if (d + 4 * W <= c_.Dv) {
+        add_columns<T, 2>(v, next, scales, rows, p, columns);
+        d += 4 * W;
+      } else {
+        add_columns<T, 1>(v, next, scales, rows, p, columns);
+        d += 2 * W;
+      }
+    }
   }
 
   template <class T, int C>
-  void add_columns(const T* base, const float* scales, int d, int size, int row, int rows) {
-    for (int done = 0; done < rows;) {
-      const Matrix p = scores(row + done), to{sum(row + done).data + d, Dv_};
-      const int left = rows - done;
-      if (left >= 4) {
-        add_rows<S, T, 4, C>(base + d, now_->v, scales, size, p, to, ahead_);
-        done += 4;
-      } else if (left >= 2) {
-        add_rows<S, T, 2, C>(base + d, now_->v, scales, size, p, to, ahead_);
-        done += 2;
-      } else {
-        add_rows<S, T, 1, C>(base + d, now_->v, scales, size, p, to, ahead_);
-        done += 1;
-      }
-    }
-  }
-
-  void add_values(int size, int first) {
-    const int v_heads = c_.Hv / c_.groups(), shared = heads_ / v_heads;
-    for (int h = 0; h < v_heads; ++h) {
-      const int v_head = item_.group * v_heads + h;
-      if (v_direct_) {
-        with_type(c_.v_type, [&](auto* type) {
-          using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-          for_rows(h * shared, shared, first, [&](int row, int rows) { add_direct<T>(v_head, size, row, rows); });
-        });
-        continue;
-      }
-      if constexpr (S::pairs) {
-        if (v_pairs_) {
-          pair_values(v_head, size);
-          for_rows(h * shared, shared, first, [&](int row, int rows) {
-            multiply<S, true>(rows, Dv_, scores(row), {values_, Dv_}, sum(row), (size + 1) / 2, true, ahead_);
-          });
-          continue;
-        }
-      }
-      with_type(c_.v_type, [&](auto* type) {
-        widen_values<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(v_head, size);
-      });
-      for_rows(h * shared, shared, first, [&](int row, int rows) {
-        multiply<S, false>(rows, Dv_, scores(row), {values_, Dv_}, sum(row), size, true, ahead_);
-      });
-    }
+  void add_columns(Rows<T> v, Rows<T> ahead, const float* scales, int rows, Matrix p, Matrix to) {
+    const auto add = [&](auto R) {
+      for (; rows >= R; rows -= R, p.data += R * p.row, to.data += R * to.row)
+        add_rows<S, T, R, C>(v, ahead, scales, now_->size, p, to);
+    };
+    if constexpr (W == 16) add(std::integral_constant<int, 4>());  // sums for the registers of AVX-512
+    add(std::integral_constant<int, 2>());
+    add(std::integral_constant<int, 1>());
   }
 
   void write_partial() {
@@ -575,15 +685,12 @@ class AttentionKernel {
 
   const AttentionCall& c_;
   const AttentionItem& item_;
-  const int heads_, rows_, Dk_, Dv_;
-  const int32_t* table_;
-  const bool k_pairs_;
-  const int v_rows_;
-  const bool v_direct_, v_pairs_;
+  const int heads_, k_heads_, v_heads_;  // of one group
+  const int group_rows_, rows_, Dk_, Dv_;
+  const bool k_pairs_, k_direct_, v_direct_, v_pairs_;
   int position_;  // of the item's first token in its sequence
   float *q_, *keys_, *scores_, *values_, *sum_, *highest_, *total_;
   Places places_[2];
-  Ahead<S> ahead_;
   Places *now_ = &places_[0], *next_ = &places_[1];
 };
 

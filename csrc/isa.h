@@ -22,8 +22,8 @@ struct LinearCall;
 
 // One row of function pointers for each instruction set. Scratch memory comes from the caller, 64-byte aligned.
 struct Kernels {
-  int64_t (*attention_scratch_floats)(const AttentionCall&, int tokens);
-  void (*attend)(const AttentionCall&, const AttentionItem&, float* scratch);
+  int64_t (*attention_scratch_floats)(const AttentionCall&, int groups, int tokens);
+  void (*attend)(const AttentionCall&, const AttentionItem&, const AttentionItem* after, float* scratch);
   void (*score)(const AttentionCall&, const AttentionItem&, float* scratch, float* scores, int64_t scores_stride);
   int64_t (*linear_scratch_floats)(const LinearCall&);
   void (*linear_pack)(const LinearCall&, float* packed);

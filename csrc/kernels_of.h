@@ -23,9 +23,11 @@ float read_all(const void* data, int64_t bytes) {
 template <class S>
 constexpr Kernels kernels_of() {
   return {
-      [](const AttentionCall& call, int tokens) { return AttentionKernel<S>::scratch_floats(call, tokens); },
-      [](const AttentionCall& call, const AttentionItem& item, float* scratch) {
-        AttentionKernel<S>(call, item, scratch).attend();
+      [](const AttentionCall& call, int groups, int tokens) {
+        return AttentionKernel<S>::scratch_floats(call, groups, tokens);
+      },
+      [](const AttentionCall& call, const AttentionItem& item, const AttentionItem* after, float* scratch) {
+        AttentionKernel<S>(call, item, scratch).attend(after);
       },
       [](const AttentionCall& call, const AttentionItem& item, float* scratch, float* scores, int64_t stride) {
         AttentionKernel<S>(call, item, scratch).score(scores, stride);

@@ -1,11 +1,13 @@
 // The plan of a paged-attention call: which work items there are, who does them, and how parts are put together.
 //
-// Sequences with few new tokens (decoding) are cut along the cache into parts of kPart tokens, whose results are merged
-// by their log-sum-exps in a fixed order; long ones (prefill) are cut along their new tokens. Both cuts depend on the
-// sequence alone, so a result depends neither on the batch around it nor on the number of threads.
+// Sequences with few new tokens (decoding) are cut along the cache into parts, whose results are merged by their
+// log-sum-exps in a fixed order; a part takes all heads, for in a page they lie side by side, and memory is fastest
+// where a thread reads on and on. Long ones (prefill) are cut along their new tokens and by groups of heads. Both cuts
+// depend on the sequence alone, so a result depends neither on the batch around it nor on the number of threads.
 #include "paged_attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -18,7 +20,7 @@
 namespace anabranch {
 namespace {
 
-constexpr int kPart = 1024;     // cached tokens in a part; a part's result is under 1 % of the bytes it read
+constexpr int kPartBytes = 640 * 1024, kPartTokens = 256;  // of a part, about and at least: its result is 1 % of that
 constexpr int kFewTokens = 16;  // up to so many new tokens the cache is cut, above the new tokens are
 constexpr int kRows = 256;      // query rows of a prefill item: tiles of K and V are unpacked once for so many
 constexpr int kSelectiveTokens = 4;  // new tokens of a selective item: it holds all their scores
@@ -62,7 +64,7 @@ std::string check_tables(const AttentionCall& c) {
   return {};
 }
 
-// A sequence and head group whose parts wait to be merged; the item is the first of them.
+// A sequence whose parts wait to be merged; the item is the first of them.
 struct Merge {
   int item, parts;
 };
@@ -70,17 +72,23 @@ struct Merge {
 struct Plan {
   std::vector<AttentionItem> items;
   std::vector<Merge> merges;
-  int64_t partial_floats = 0;
-  int most_tokens = 0;
+  int64_t partial_floats = 0, scratch_floats = 0;
 };
 
-int64_t partial_floats(const AttentionCall& c, int tokens) {
-  return int64_t{c.Hq / c.groups()} * tokens * (c.Dv + 2);
+int64_t partial_floats(const AttentionCall& c, int tokens) { return int64_t{c.Hq} * tokens * (c.Dv + 2); }
+
+// Cached tokens of a part: whole tiles, and as many as this shape of cache has in about kPartBytes.
+int part_tokens(const AttentionCall& c) {
+  const int64_t bytes = int64_t{c.Hk} * c.Dk * size_of(c.k_type) + int64_t{c.Hv} * c.Dv * size_of(c.v_type);
+  return static_cast<int>(std::clamp<int64_t>(kPartBytes / std::max<int64_t>(bytes, 1) / 64 * 64, kPartTokens, 4096));
 }
 
-Plan make_plan(const AttentionCall& c) {
+Plan make_plan(const AttentionCall& c, const Kernels& kernels) {
   Plan plan;
-  const int heads = c.Hq / c.groups();
+  const int heads = c.Hq / c.groups(), part = part_tokens(c);
+  const auto reserve = [&](int groups, int tokens) {
+    plan.scratch_floats = std::max(plan.scratch_floats, kernels.attention_scratch_floats(c, groups, tokens));
+  };
   for (int b = 0; b < c.B; ++b) {
     const int fresh = c.cu_seqlens_q[b + 1] - c.cu_seqlens_q[b], length = c.seq_lens[b];
     if (fresh == 0 || length == 0) continue;
@@ -88,22 +96,22 @@ Plan make_plan(const AttentionCall& c) {
       return c.window ? std::max(0, length - fresh + token - c.window + 1) : 0;
     };
     if (fresh <= kFewTokens) {
-      plan.most_tokens = std::max(plan.most_tokens, fresh);
-      const int first_part = oldest(0) / kPart, parts = (length + kPart - 1) / kPart - first_part;
-      for (int group = 0; group < c.groups(); ++group) {
-        if (parts > 1) plan.merges.push_back({static_cast<int>(plan.items.size()), parts});
-        for (int part = first_part; part < first_part + parts; ++part)
-          plan.items.push_back({b, group, 0, fresh, std::max(part * kPart, oldest(0)),
-                                std::min((part + 1) * kPart, length), nullptr});
+      reserve(c.groups(), fresh);
+      const int first_part = oldest(0) / part, parts = (length + part - 1) / part - first_part;
+      if (parts > 1) {
+        plan.merges.push_back({static_cast<int>(plan.items.size()), parts});
+        plan.partial_floats += partial_floats(c, fresh) * parts;
       }
-      if (parts > 1) plan.partial_floats += partial_floats(c, fresh) * parts * c.groups();
+      for (int i = first_part; i < first_part + parts; ++i)
+        plan.items.push_back({b, 0, c.groups(), 0, fresh, std::max(i * part, oldest(0)), std::min((i + 1) * part, length),
+                              nullptr});
     } else {
       const int tile = std::max(1, kRows / heads);
-      plan.most_tokens = std::max(plan.most_tokens, std::min(tile, fresh));
+      reserve(1, std::min(tile, fresh));
       for (int last = fresh; last > 0; last -= tile)  // the longest first: they balance best
         for (int group = 0; group < c.groups(); ++group) {
           const int first = std::max(0, last - tile);
-          plan.items.push_back({b, group, first, last - first, oldest(first), length - fresh + last, nullptr});
+          plan.items.push_back({b, group, 1, first, last - first, oldest(first), length - fresh + last, nullptr});
         }
     }
   }
@@ -118,11 +126,11 @@ void with_query_type(Type type, Body&& body) {
   });
 }
 
-void merge_parts(const AttentionCall& c, const AttentionItem* items, int parts) {
+// The rows of one query head.
+void merge_parts(const AttentionCall& c, const AttentionItem* items, int parts, int head) {
   const AttentionItem& first = items[0];
-  const int heads = c.Hq / c.groups(), rows = heads * first.tokens;
   std::vector<float> sum(c.Dv);
-  for (int row = 0; row < rows; ++row) {
+  for (int row = head * first.tokens; row < (head + 1) * first.tokens; ++row) {
     const int64_t at = row * int64_t{c.Dv + 2};
     float highest = -INFINITY, total = 0.0f;
     for (int i = 0; i < parts; ++i) highest = std::max(items[i].partial[at], highest);
@@ -134,8 +142,7 @@ void merge_parts(const AttentionCall& c, const AttentionItem* items, int parts) 
       total += weight * part[1];
       for (int d = 0; d < c.Dv; ++d) sum[d] += weight * part[2 + d];
     }
-    const int64_t to = (int64_t{c.cu_seqlens_q[first.sequence]} + row % first.tokens) * c.Hq + first.group * heads +
-                       row / first.tokens;
+    const int64_t to = (int64_t{c.cu_seqlens_q[first.sequence]} + row % first.tokens) * c.Hq + head;
     with_query_type(c.q_type, [&](auto* typed) {
       auto* out = static_cast<decltype(typed)>(c.out) + to * c.Dv;
       for (int d = 0; d < c.Dv; ++d) from_float(sum[d] / total, out + d);
@@ -172,7 +179,7 @@ void attend_selected(const AttentionCall& c, const AttentionItem& item, const fl
   std::vector<float> sum(c.Dv);
   for (int row = 0; row < heads * item.tokens; ++row) {
     const float* s = scores + row * stride;
-    const int head = item.group * heads + row / item.tokens, v_head = static_cast<int>(int64_t{head} * c.Hv / c.Hq);
+    const int head = item.first_group * heads + row / item.tokens, v_head = static_cast<int>(int64_t{head} * c.Hv / c.Hq);
     float highest = -INFINITY, total = 0.0f, kept_total = 0.0f;
     for (int j = item.begin; j < item.end; ++j) highest = std::max(highest, s[j]);
     for (int j = item.begin; j < item.end; ++j)
@@ -212,11 +219,11 @@ void run_selective(const AttentionCall& c, const Kernels& kernels, int threads) 
       for (int group = 0; group < c.groups(); ++group) {
         const int tokens = std::min(kSelectiveTokens, fresh - first);
         const int begin = c.window ? std::max(0, length - fresh + first - c.window + 1) : 0;
-        items.push_back({b, group, first, tokens, begin, length - fresh + first + tokens, nullptr});
+        items.push_back({b, group, 1, first, tokens, begin, length - fresh + first + tokens, nullptr});
       }
     longest = std::max<int64_t>(longest, length);
   }
-  const Scratch scratch(threads, kernels.attention_scratch_floats(c, kSelectiveTokens));
+  const Scratch scratch(threads, kernels.attention_scratch_floats(c, 1, kSelectiveTokens));
   const Scratch scores(threads, int64_t{c.Hq / c.groups()} * kSelectiveTokens * longest);
   parallel_for(static_cast<int>(items.size()), threads, [&](int task, int thread) {
     kernels.score(c, items[task], scratch.of(thread), scores.of(thread), longest);
@@ -225,7 +232,7 @@ void run_selective(const AttentionCall& c, const Kernels& kernels, int threads) 
 }
 
 void run(const AttentionCall& c, const Kernels& kernels, int threads) {
-  Plan plan = make_plan(c);
+  Plan plan = make_plan(c, kernels);
   std::vector<float> partials(plan.partial_floats);
   float* next = partials.data();
   for (const Merge& merge : plan.merges)
@@ -233,11 +240,19 @@ void run(const AttentionCall& c, const Kernels& kernels, int threads) {
       plan.items[i].partial = next;
       next += partial_floats(c, plan.items[i].tokens);
     }
-  const Scratch scratch(threads, kernels.attention_scratch_floats(c, plan.most_tokens));
-  parallel_for(static_cast<int>(plan.items.size()), threads,
-               [&](int task, int thread) { kernels.attend(c, plan.items[task], scratch.of(thread)); });
-  parallel_for(static_cast<int>(plan.merges.size()), threads, [&](int task, int) {
-    merge_parts(c, &plan.items[plan.merges[task].item], plan.merges[task].parts);
+  const int items = static_cast<int>(plan.items.size()), workers = std::min(threads, items);
+  const Scratch scratch(workers, plan.scratch_floats);
+  std::atomic<int> queue{0};
+  // Every worker takes an item ahead of its time, so that it can ask the memory for it.
+  parallel_for(workers, threads, [&](int, int thread) {
+    for (int item = queue++, after; item < items; item = after) {
+      after = queue++;
+      kernels.attend(c, plan.items[item], after < items ? &plan.items[after] : nullptr, scratch.of(thread));
+    }
+  });
+  parallel_for(static_cast<int>(plan.merges.size()) * c.Hq, threads, [&](int task, int) {
+    const Merge& merge = plan.merges[task / c.Hq];
+    merge_parts(c, &plan.items[merge.item], merge.parts, task % c.Hq);
   });
 }
 

@@ -32,10 +32,10 @@ struct AttentionCall {
   int groups() const;  // of heads that share K and V heads among themselves: gcd(Hk, Hv)
 };
 
-// What one thread does at a time: `tokens` new tokens of one sequence, the heads of one group, tokens [begin, end) of
+// What one thread does at a time: `tokens` new tokens of one sequence, the heads of some groups, tokens [begin, end) of
 // the cache. Without `partial` the result goes to out and lse; with it, unnormalised, to partial_floats() floats.
 struct AttentionItem {
-  int sequence, group, first_token, tokens, begin, end;
+  int sequence, first_group, groups, first_token, tokens, begin, end;
   float* partial;
 };
 

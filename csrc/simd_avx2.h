@@ -59,6 +59,17 @@ struct Avx2 {
   static F widen(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
+  // a0 b0 a1 b1 … in two vectors, and back.
+  static void interleave(F& a, F& b) {
+    const F low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+    a = _mm256_permute2f128_ps(low, high, 0x20);
+    b = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+  static void separate(F& a, F& b) {
+    const F low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+    a = _mm256_shuffle_ps(low, high, 0x88);
+    b = _mm256_shuffle_ps(low, high, 0xdd);
+  }
   // Lanes hold pairs of bfloat16, the first in the lower half.
   static F first_of_pairs(F a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 16)); }
   static F second_of_pairs(F a) {
@@ -87,6 +98,8 @@ struct Avx2 {
     for (int i = 0; i < W; ++i) r[i] = t[i];
   }
   static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+  // Into the second cache. Spelt out: GCC leaves out calls of functions that do nothing but prefetch.
+  static void prefetch_second(const char* p) { asm volatile("prefetcht1 %0" ::"m"(*p)); }
 };
 
 }  // namespace

@@ -55,7 +55,21 @@ struct Avx512 {
   static F second_of_pairs(F a) {
     return _mm512_and_ps(a, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
-  static void transpose(F (&r)[W]) {
+  // a0 b0 a1 b1 … in two vectors, and back.
+  static void interleave(F& a, F& b) {
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+    const F first = _mm512_permutex2var_ps(a, low, b);
+    b = _mm512_permutex2var_ps(a, high, b);
+    a = first;
+  }
+  static void separate(F& a, F& b) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const F first = _mm512_permutex2var_ps(a, even, b);
+    b = _mm512_permutex2var_ps(a, _mm512_or_si512(even, _mm512_set1_epi32(1)), b);
+    a = first;
+  }
+  [[gnu::always_inline]] static inline void transpose(F (&r)[W]) {
     F t[W];
 #pragma GCC unroll 16
     for (int i = 0; i < W; i += 2) {
@@ -82,6 +96,8 @@ struct Avx512 {
     for (int i = 0; i < W; ++i) r[i] = t[i];
   }
   static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+  // Into the second cache. Spelt out: GCC leaves out calls of functions that do nothing but prefetch.
+  static void prefetch_second(const char* p) { asm volatile("prefetcht1 %0" ::"m"(*p)); }
 };
 
 // Lanes of an F hold pairs of bfloat16; dot2 adds both products to a float32 lane. Native or spelt out.
@@ -98,19 +114,32 @@ struct Avx512Pairs : Avx512 {
   }
   // Thirty-two floats to pairs (x0, x1), (x2, x3), …; rounds to the nearest, ties to even.
   static F round_to_pairs(F low, F high) {
-    const __m512i l = rounded(low), h = rounded(high);
-    const __m512i index = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
-                                           25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    return _mm512_castsi512_ps(_mm512_permutex2var_epi16(l, index, h));
+#if defined(ANABRANCH_NATIVE_BF16)
+    if constexpr (native) return (F)_mm512_cvtne2ps_pbh(high, low);
+#endif
+    return upper_halves(rounded(low), rounded(high));
   }
-  // Rows j and j + 1 of V (sixteen bfloat16 each) to sixteen pairs along j.
-  static F interleave(const bfloat16* first, const bfloat16* second) {
-    const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
-    const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
-    return _mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+  static F widen_to_pairs(const int8_t* p) {  // no int8 needs more than the upper half of a float
+    const F low = widen(p), high = widen(p + W);
+    return upper_halves(_mm512_castps_si512(low), _mm512_castps_si512(high));
+  }
+  // Thirty-two bfloat16 of each of two rows to pairs across the rows.
+  static void pair_rows(F first, F second, F& low, F& high) {
+    const __m512i a = _mm512_castps_si512(first), b = _mm512_castps_si512(second);
+    const F even = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b));
+    const F odd = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
+    const __m512i first_half = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i second_half = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
+    low = _mm512_permutex2var_ps(even, first_half, odd);
+    high = _mm512_permutex2var_ps(even, second_half, odd);
   }
 
  private:
+  static F upper_halves(__m512i low, __m512i high) {
+    const __m512i index = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                                           25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_castsi512_ps(_mm512_permutex2var_epi16(low, index, high));
+  }
   static __m512i rounded(F x) {  // the wanted bits are left in each lane's upper half
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

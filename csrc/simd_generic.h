@@ -61,6 +61,16 @@ struct Generic {
     for (int i = 0; i < W; ++i) r.lane[i] = to_float(p[i]);
     return r;
   }
+  // a0 b0 a1 b1 … in two vectors, and back.
+  static void interleave(F& a, F& b) {
+    F mixed[2];
+    for (int i = 0; i < W; ++i) mixed[2 * i / W].lane[2 * i % W] = a.lane[i], mixed[2 * i / W].lane[2 * i % W + 1] = b.lane[i];
+    a = mixed[0], b = mixed[1];
+  }
+  static void separate(F& a, F& b) {
+    const F mixed[2] = {a, b};
+    for (int i = 0; i < W; ++i) a.lane[i] = mixed[2 * i / W].lane[2 * i % W], b.lane[i] = mixed[2 * i / W].lane[2 * i % W + 1];
+  }
   // Lanes hold pairs of bfloat16, the first in the lower half.
   static F first_of_pairs(F a) {
     for (int i = 0; i < W; ++i) a.lane[i] = bits_to_float(float_to_bits(a.lane[i]) << 16);
@@ -79,6 +89,7 @@ struct Generic {
       }
   }
   static void prefetch(const char* p) { __builtin_prefetch(p); }
+  static void prefetch_second(const char* p) { __builtin_prefetch(p, 0, 2); }  // into the second cache
 };
 
 }  // namespace

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from anabranch.bench.timing import Case, Contender
 from anabranch_kernels.attention.op import attention
+from anabranch_kernels.memory import prefer_huge_pages
 from anabranch_kernels.paged_attention.op import paged_attention, store_kv
 
 DECODE = (
@@ -153,7 +154,7 @@ def fill_pages(layer: Layer, page: int, dtype: torch.dtype, random: torch.Genera
     table = torch.randperm(P, generator=random)
     positions = torch.arange(S)
     slots = table[positions // page] * page + positions % page
-    caches = [torch.empty(P, x.shape[1], page, x.shape[2], dtype=dtype) for x in (layer.k, layer.v)]
+    caches = [prefer_huge_pages(torch.empty(P, x.shape[1], page, x.shape[2], dtype=dtype)) for x in (layer.k, layer.v)]
     scales = [torch.empty(cache.shape[:3]) if dtype == torch.int8 else None for cache in caches]
     store_kv(layer.k, layer.v, caches[0], caches[1], slots, k_scales=scales[0], v_scales=scales[1])
     return Pages(
@@ -183,9 +184,14 @@ def paged_step(layers: list[Layer], page: int, dtype: torch.dtype | None = None)
 
 
 def dense_heads(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
-    """[1, H, S, D] contiguous, as torch's attention likes its q, k and v."""
-    q, k, v = (x.transpose(0, 1).contiguous()[None] for x in (layer.q, layer.k, layer.v))
+    """[1, H, S, D] contiguous, as torch's attention likes its q, k and v; in huge pages, as our caches are."""
+    q, k, v = (in_huge_pages(x.transpose(0, 1))[None] for x in (layer.q, layer.k, layer.v))
     return q, k, v
+
+
+def in_huge_pages(x: Tensor) -> Tensor:
+    """A contiguous copy."""
+    return prefer_huge_pages(torch.empty(x.shape, dtype=x.dtype)).copy_(x)
 
 
 def each(layers: list[tuple[Tensor, Tensor, Tensor]], op: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:

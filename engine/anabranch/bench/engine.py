@@ -74,8 +74,8 @@ def take_turns(
     repeats: int,
     *,
     case: str,
-    read_bytes: float,
-    flops: float,
+    read_bytes: int,
+    flops: int,
     tokens: int,
 ) -> list[Sample]:
     """One sample of every peer, its run and the read sweep in turns."""

@@ -14,6 +14,7 @@ from anabranch.common.checkpoint import SINGLE, Checkpoint, write_json, write_sa
 from anabranch.models.config import ModelConfig
 from anabranch.models.layers import Linear
 from anabranch.models.transformer import Block, Transformer
+from anabranch_kernels.memory import prefer_huge_pages
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOATS = ("BF16", "F16", "F32", "F64")  # what is converted on the way in; 8-bit floats need scales to mean anything
@@ -38,6 +39,8 @@ def load_model(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {[str(known) for known in DTYPES]}, got {dtype}")
     model = Transformer(config, dtype=dtype, device=device)
+    for parameter in model.parameters():
+        prefer_huge_pages(parameter)
     with torch.no_grad():
         for name, view in _views(model).items():
             view.copy_(checkpoint.read(name))

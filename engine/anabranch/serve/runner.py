@@ -15,6 +15,7 @@ from torch import Tensor
 from anabranch.models.config import ModelConfig
 from anabranch.models.transformer import Transformer
 from anabranch.serve.scheduler import S, Step
+from anabranch_kernels.memory import prefer_huge_pages
 from anabranch_kernels.paged_attention.op import paged_attention, store_kv
 
 CACHE_DTYPES = {
@@ -58,7 +59,7 @@ def make_caches(
     def pool(heads: int, width: int) -> tuple[Tensor, Tensor | None]:
         shape = (num_blocks, heads, block_size)
         scales = torch.empty(shape, dtype=torch.float32, device=device) if dtype == torch.int8 else None
-        return torch.empty(*shape, width, dtype=dtype, device=device), scales
+        return prefer_huge_pages(torch.empty(*shape, width, dtype=dtype, device=device)), scales
 
     caches = []
     for _ in range(config.layers):
