@@ -180,7 +180,7 @@ class AttentionKernel {
  public:
   AttentionKernel(const AttentionCall& call, const AttentionItem& item, float* scratch)
       : c_(call), item_(item), heads_(call.Hq / call.groups()), k_heads_(call.Hk / call.groups()),
-        v_heads_(call.Hv / call.groups()), group_rows_(heads_ * item.tokens), rows_(group_rows_ * item.groups),
+        v_heads_(call.Hv / call.groups()), group_rows_(heads_ * item.tokens), key_share_((k_heads_ * kTile + group_rows_ - 1) / group_rows_), rows_(group_rows_ * item.groups),
         Dk_(padded(call.Dk, 2 * W)), Dv_(padded(call.Dv, 2 * W)),
         k_pairs_(in_pairs(call.q_type, call.k_type)),
         k_direct_(S::tiles && k_pairs_ && group_rows_ / k_heads_ <= 16),
@@ -192,15 +192,15 @@ class AttentionKernel {
     scores_ = keys_ + int64_t{Dk_} * kTile;
     values_ = scores_ + int64_t{group_rows_} * kTile;
     sum_ = values_ + int64_t{kTile} * Dv_;
-    highest_ = sum_ + int64_t{rows_} * Dv_;
-    total_ = highest_ + rows_;
+    total_ = sum_ + int64_t{rows_} * Dv_;
+    highest_ = total_ + int64_t{rows_} * W;
   }
 
   static int64_t scratch_floats(const AttentionCall& call, int groups, int tokens) {
     const int64_t rows = int64_t{call.Hq / call.groups()} * tokens, Dk = padded(call.Dk, 2 * W), Dv = padded(call.Dv, 2 * W);
     const int64_t q = std::max(rows * groups * Dk, int64_t{groups} * (call.Hk / call.groups()) * 8 * Dk);
     // Tiles read sixteen rows of q or of scores at a time, whatever the last ones hold.
-    return q + rows * groups * (Dv + 2) + rows * kTile + (Dk + Dv) * kTile + 16 * std::max<int64_t>(Dk, kTile);
+    return q + rows * groups * (Dv + W + 1) + rows * kTile + (Dk + Dv) * kTile + 16 * std::max<int64_t>(Dk, kTile);
   }
 
   // `after` is what this thread will do next, or null: its first tile is asked for while the last one of this is used.
@@ -236,7 +236,8 @@ class AttentionKernel {
   void attend_all(const AttentionItem* after) {
     load_queries();
     for (int64_t i = 0; i < int64_t{rows_} * Dv_; ++i) sum_[i] = 0.0f;
-    for (int row = 0; row < rows_; ++row) highest_[row] = -INFINITY, total_[row] = 0.0f;
+    std::fill_n(highest_, rows_, -INFINITY);
+    std::fill_n(total_, int64_t{rows_} * W, 0.0f);
     const int start = item_.begin / kTile * kTile;
     locate(item_, start, *next_);
     for (int begin = start; begin < item_.end; begin += kTile) {
@@ -281,6 +282,7 @@ class AttentionKernel {
   int head(int row) const { return item_.first_group * heads_ + row / item_.tokens; }
   Matrix query(int row) const { return {q_ + int64_t{row} * Dk_, Dk_}; }
   Matrix scores(int group_row) const { return {scores_ + int64_t{group_row} * kTile, kTile}; }
+  float* total_of(int row) const { return total_ + int64_t{row} * W; }  // W parts of it
   Matrix sum(int row) const { return {sum_ + int64_t{row} * Dv_, Dv_}; }
   int64_t token(int row) const { return c_.cu_seqlens_q[item_.sequence] + item_.first_token + row % item_.tokens; }
 
@@ -512,10 +514,10 @@ class AttentionKernel {
   // Asks for the K rows of the next tile while the scores of this one are softened, which needs no memory: a share of
   // them beside each of the group's rows.
   void ask_for_keys(int group, int row) const {
-    const int all = k_heads_ * kTile;
+    const int end = std::min((row + 1) * key_share_, k_heads_ * kTile);
     with_type(c_.k_type, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      for (int i = row * all / group_rows_; i < (row + 1) * all / group_rows_; ++i)
+      for (int i = row * key_share_; i < end; ++i)
         ask_for<S>(k_row<T>((item_.first_group + group) * k_heads_ + i / kTile, i % kTile, *next_), c_.Dk);
     });
   }
@@ -549,10 +551,12 @@ class AttentionKernel {
       const float fade = before == -INFINITY ? 0.0f : exp2f(before - now);
       float* sum = sum_ + int64_t{row} * Dv_;
       for (int d = 0; d < Dv_; d += W) S::store(sum + d, S::mul(S::load(sum + d), S::set1(fade)));
-      total_[row] *= fade;
+      total = S::fma(S::load(total_of(row)), S::set1(fade), total);
       highest_[row] = now;
+    } else {
+      total = S::add(S::load(total_of(row)), total);
     }
-    total_[row] += S::sum(total);
+    S::store(total_of(row), total);
   }
 
   void store_probabilities(F (&p)[kVectors], float* s, const float* scales) {
@@ -663,7 +667,7 @@ class AttentionKernel {
     for (int row = 0; row < rows_; ++row) {
       float* to = item_.partial + int64_t{row} * (c_.Dv + 2);
       to[0] = highest_[row];
-      to[1] = total_[row];
+      to[1] = S::sum(S::load(total_of(row)));
       std::memcpy(to + 2, sum_ + int64_t{row} * Dv_, c_.Dv * 4);
     }
   }
@@ -674,22 +678,32 @@ class AttentionKernel {
       if constexpr (sizeof(T) != 1) {
         for (int row = 0; row < rows_; ++row) {
           const int64_t at = token(row) * c_.Hq + head(row);
-          const float inverse = total_[row] == 0.0f ? 0.0f : 1.0f / total_[row];
-          T* to = static_cast<T*>(c_.out) + at * c_.Dv;
-          for (int d = 0; d < c_.Dv; ++d) from_float(sum_[int64_t{row} * Dv_ + d] * inverse, to + d);
-          c_.lse[at] = (highest_[row] + std::log2(total_[row])) * kLn2;
+          const float total = S::sum(S::load(total_of(row)));
+          scale_row(sum(row).data, total == 0.0f ? 0.0f : 1.0f / total, static_cast<T*>(c_.out) + at * c_.Dv);
+          c_.lse[at] = (highest_[row] + std::log2(total)) * kLn2;
         }
       }
     });
   }
 
+  template <class T>
+  void scale_row(const float* from, float factor, T* to) const {
+    int d = 0;
+    if constexpr (S::pairs && std::is_same_v<T, bfloat16>)
+      for (; d + 2 * W <= c_.Dv; d += 2 * W) {
+        const F low = S::mul(S::load(from + d), S::set1(factor)), high = S::mul(S::load(from + d + W), S::set1(factor));
+        S::store(reinterpret_cast<float*>(to + d), S::round_to_pairs(low, high));
+      }
+    for (; d < c_.Dv; ++d) from_float(from[d] * factor, to + d);
+  }
+
   const AttentionCall& c_;
   const AttentionItem& item_;
   const int heads_, k_heads_, v_heads_;  // of one group
-  const int group_rows_, rows_, Dk_, Dv_;
+  const int group_rows_, key_share_, rows_, Dk_, Dv_;
   const bool k_pairs_, k_direct_, v_direct_, v_pairs_;
   int position_;  // of the item's first token in its sequence
-  float *q_, *keys_, *scores_, *values_, *sum_, *highest_, *total_;
+  float *q_, *keys_, *scores_, *values_, *sum_, *total_, *highest_;
   Places places_[2];
   Places *now_ = &places_[0], *next_ = &places_[1];
 };

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kPartBytes = 640 * 1024, kPartTokens = 256;  // of a part, about and at least: its result is 1 % of that
 constexpr int kFewTokens = 16;  // up to so many new tokens the cache is cut, above the new tokens are
-constexpr int kRows = 256;      // query rows of a prefill item: tiles of K and V are unpacked once for so many
+constexpr int kRows = 512;      // query rows of a prefill item: tiles of K and V are unpacked once for so many
 constexpr int kSelectiveTokens = 4;  // new tokens of a selective item: it holds all their scores
 
 // Scratch memory of every thread of a call.
