@@ -138,13 +138,15 @@ def _check_family(config: ModelConfig) -> None:
     if config.qk_norm != (family == "qwen3"):
         raise ValueError(f"qk_norm must be {family == 'qwen3'} for family {family!r}")
     attention_bias = (config.qkv_bias, config.o_bias)
-    allowed = {"qwen2": [(True, False)], "mistral": [(False, False)]}.get(family, [(False, False), (True, True)])
+    none, inner, both = (False, False), (True, False), (True, True)
+    own = {"qwen2": [inner], "mistral": [none], "sigma": [none, inner, both]}
+    allowed = own.get(family, [none, both])
     if attention_bias not in allowed:
         raise ValueError(f"(qkv_bias, o_bias) must be one of {allowed} for family {family!r}, got {attention_bias}")
     if config.mlp_bias and family not in ("llama", "sigma"):
         raise ValueError(f"mlp_bias needs family 'llama' or 'sigma', got {family!r}")
     windows = set(config.windows)
-    few = {"llama": windows == {None}, "sigma": windows == {None}, "mistral": len(windows) == 1}
+    few = {"llama": windows == {None}, "mistral": len(windows) == 1}
     if not few.get(family, len(windows - {None}) <= 1):
         raise ValueError(f"family {family!r} cannot have the windows {config.windows}")
 
@@ -231,13 +233,14 @@ def _read_biases(keys: dict[str, Any], family: str) -> dict[str, Any]:
     if family == "mistral":
         return {}
     bias = _flag(keys, "attention_bias")
-    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": family != "qwen3" and _flag(keys, "mlp_bias")}
+    o_bias = _flag(keys, "attention_output_bias", bias) if family == "sigma" else bias
+    return {"qkv_bias": bias, "o_bias": o_bias, "mlp_bias": family != "qwen3" and _flag(keys, "mlp_bias")}
 
 
 def _read_windows(keys: dict[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
     if family == "mistral":
         return (_optional(keys, "sliding_window", 4096),) * layers
-    if family not in ("qwen2", "qwen3"):
+    if family == "llama":
         return ()
     window = _optional(keys, "sliding_window", 4096)
     used, first = _flag(keys, "use_sliding_window"), _integer(keys, "max_window_layers", 28)
@@ -285,8 +288,9 @@ def _optional(keys: dict[str, Any], name: str, default: int) -> int | None:
     return None if keys[name] is None and keys.pop(name) is None else _integer(keys, name)
 
 
-def _flag(keys: dict[str, Any], name: str) -> bool:
-    value = keys.pop(name, None) or False
+def _flag(keys: dict[str, Any], name: str, default: bool = False) -> bool:
+    value = keys.pop(name, None)
+    value = default if value is None else value
     if not isinstance(value, bool):
         raise ValueError(f"{name} in config.json must be true or false, got {value!r}")
     return value
@@ -326,6 +330,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
             "v_head_dim": config.v_dim,
             "q_intermediate_size": config.q_intermediate_size,
             "augq_residual": config.augq_residual,
+            "attention_output_bias": config.o_bias,
         }
     else:
         keys |= {"num_key_value_heads": config.k_heads, "head_dim": config.k_dim}
@@ -340,7 +345,7 @@ def _write_windows(config: ModelConfig) -> dict[str, Any]:
     window = next((window for window in config.windows if window is not None), None)
     if config.family == "mistral":
         return {"sliding_window": window}
-    if config.family not in ("qwen2", "qwen3"):
+    if config.family == "llama" or (config.family == "sigma" and window is None):
         return {}
     kinds = ["full_attention" if window is None else "sliding_attention" for window in config.windows]
     return {"use_sliding_window": window is not None, "sliding_window": window, "layer_types": kinds}

@@ -83,6 +83,7 @@ EVERYTHING = ModelConfig(
     "config",
     [
         EVERYTHING,
+        replace(EVERYTHING, o_bias=False, windows=(4, None)),
         ModelConfig.from_json({**LLAMA, "eos_token_id": 2, "attention_bias": True}),
         ModelConfig.from_json({**QWEN, "model_type": "mistral", "sliding_window": 7}),
         ModelConfig.from_json({**QWEN, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5}),
@@ -157,11 +158,11 @@ def test_keys_that_change_nothing_are_accepted() -> None:
         ({"q_intermediate_size": None}, "augq_residual needs a q_intermediate_size"),
         ({"q_intermediate_size": 0}, "q_intermediate_size must be None or at least 1, got 0"),
         ({"v_heads": 5}, "got Hq=12, Hk=4, Hv=5"),
-        ({"o_bias": False}, r"one of \[\(False, False\), \(True, True\)\] for family 'sigma', got \(True, False\)"),
+        ({"qkv_bias": False}, r"\(True, False\), \(True, True\)\] for family 'sigma', got \(False, True\)"),
         ({"qk_norm": True}, "qk_norm must be False for family 'sigma'"),
         ({"windows": (4,)}, r"one entry per layer \(2\), got 1"),
         ({"windows": (4, 0)}, "a window must be None or at least 1"),
-        ({"windows": (4, None)}, "family 'sigma' cannot have the windows"),
+        ({"windows": (4, 5)}, r"family 'sigma' cannot have the windows \(4, 5\)"),
         ({"v_dim": 0}, "v_dim must be at least 1, got 0"),
     ],
 )
