@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from anabranch.data.stream import held_out_windows
 from anabranch.models.transformer import DenseAttend, Transformer
 from anabranch.models.weights import load_model
-from anabranch.train.corpus import BOS, EOS, VOCAB_SIZE, held_out_windows
+from anabranch.train.corpus import BOS, EOS, VOCAB_SIZE
 from anabranch.train.lm import bits_per_byte
 
 FOLDER = Path(str(files("anabranch"))) / "assets" / "pystdlib-diffqkv"

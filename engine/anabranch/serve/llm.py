@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from anabranch.data.tokenizer import load_tokenizer
 from anabranch.models.weights import load_model
 from anabranch.serve.engine import Engine, EngineConfig
 from anabranch.serve.memory import size_cache
 from anabranch.serve.request import CompletionOutput, RequestOutput, SamplingParams
-from anabranch.serve.tokenizer import load_tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Conversation = Sequence[Mapping[str, Any]]

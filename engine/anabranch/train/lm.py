@@ -23,21 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from anabranch.common.checkpoint import write_json
+from anabranch.data.stream import Batches, held_out_windows
+from anabranch.data.text_files import find_files
 from anabranch.models.config import ModelConfig
 from anabranch.models.transformer import DenseAttend, Transformer
 from anabranch.models.weights import load_model, save_model
 from anabranch.train import state
-from anabranch.train.corpus import (
-    BOS,
-    EOS,
-    VOCAB_SIZE,
-    Batches,
-    Corpus,
-    find_files,
-    held_out_windows,
-    read_corpus,
-    standard_library,
-)
+from anabranch.train.corpus import BOS, EOS, VOCAB_SIZE, Corpus, read_corpus, standard_library
 from anabranch.train.settings import LMSettings, command_line
 from anabranch.train.tokenizer import write_tokenizer
 

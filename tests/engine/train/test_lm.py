@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from anabranch.data.stream import held_out_windows
+from anabranch.data.text_files import find_files
 from anabranch.models.transformer import Transformer
 from anabranch.models.weights import load_model
 from anabranch.train import state
-from anabranch.train.corpus import find_files, held_out_windows, read_corpus
+from anabranch.train.corpus import read_corpus
 from anabranch.train.lm import bits_per_byte, learning_rate, make_optimiser, model_config, token_loss, train
 from anabranch.train.settings import LMSettings
 

@@ -3,7 +3,7 @@ import json
 import pytest
 from tokenizers import pre_tokenizers
 
-from anabranch.serve.tokenizer import load_tokenizer
+from anabranch.data.tokenizer import load_tokenizer
 
 TEXTS = ["", "Once upon a time", " two  spaces\n", "né 你 😀", "Lily's 3 cats."]
 
