@@ -8,13 +8,9 @@ a CPU with the same number of threads, bitwise the weights of one that was not.
 import json
 import math
 import platform
-import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from anabranch.common import run_state
 from anabranch.common.checkpoint import write_json
+from anabranch.common.interrupt import interruptible
+from anabranch.common.optimise import cosine_rate, make_optimiser
 from anabranch.data.stream import Batches, held_out_windows
 from anabranch.data.text_files import find_files
 from anabranch.models.config import ModelConfig
 from anabranch.models.transformer import DenseAttend, Transformer
 from anabranch.models.weights import load_model, save_model
-from anabranch.train import state
 from anabranch.train.corpus import BOS, EOS, VOCAB_SIZE, Corpus, read_corpus, standard_library
 from anabranch.train.settings import LMSettings, command_line
 from anabranch.train.tokenizer import write_tokenizer
@@ -59,23 +57,14 @@ def train(settings: LMSettings) -> Outcome:
     (unless resumed), and for a checkpoint of another run.
     """
     if settings.plot:
-        from anabranch.train import plot  # noqa: F401  (fails now rather than after hours, when matplotlib is missing)
+        from anabranch.common import plot  # noqa: F401  (fails now rather than after hours, when matplotlib is missing)
     corpus = read_corpus(find_files(settings.text) if settings.text else standard_library(), held_out=settings.held_out)
     run = _Run(settings, corpus)
-    with _interruptible() as interrupted:
+    with interruptible() as interrupted:
         stopped = run.loop(interrupted)
     if stopped == "interrupted":
         return Outcome(steps=run.progress.step, stopped=stopped)
     return run.finish(stopped)
-
-
-def learning_rate(settings: LMSettings, step: int) -> float:
-    """Rate of a step counted from 0: a line up to `lr` over `warmup` steps, then half a cosine down to the last."""
-    if step < settings.warmup:
-        return settings.lr * (step + 1) / settings.warmup
-    progress = (step - settings.warmup) / max(1, settings.steps - 1 - settings.warmup)
-    low = settings.lr * settings.final_lr
-    return low + (settings.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def model_config(settings: LMSettings) -> ModelConfig:
@@ -121,15 +110,6 @@ def bits_per_byte(model: Transformer, inputs: Tensor, targets: Tensor, *, batch:
     return nats / math.log(2) / int(((targets >= 0) & (targets < 256)).sum())
 
 
-def make_optimiser(model: Transformer, settings: LMSettings) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norms and biases alone."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), foreach=True)
-
-
 class _Run:
     """A model in training with its optimiser, its place in the schedule and its log."""
 
@@ -141,14 +121,19 @@ class _Run:
         self.model = Transformer(model_config(settings), device=settings.device).initialise(
             generator, settings.init_std or settings.hidden_size**-0.5
         )
-        self.optimiser = make_optimiser(self.model, settings)
-        self.progress = state.Progress(corpus=corpus.sha256, recipe=settings.recipe())
+        self.optimiser = make_optimiser(
+            self.model,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            betas=(settings.beta1, settings.beta2),
+        )
+        self.progress = run_state.Progress(corpus=corpus.sha256, recipe=settings.recipe())
         settings.out.mkdir(parents=True, exist_ok=True)
         self.log = settings.out / LOG
         if settings.resume:
-            self.progress = state.restore(settings.out, self.model, self.optimiser, self.progress)
-            state.cut_log(self.log, self.progress.step)
-        elif state.exists(settings.out) or self.log.exists():
+            self.progress = run_state.restore(settings.out, self.model, self.optimiser, self.progress)
+            run_state.cut_log(self.log, self.progress.step)
+        elif run_state.exists(settings.out) or self.log.exists():
             raise ValueError(f"{settings.out} already holds a run; resume it or choose another folder")
 
     def loop(self, interrupted: threading.Event) -> str | None:
@@ -177,16 +162,19 @@ class _Run:
                 if interrupted.is_set():
                     stopped = "interrupted"
                 if now - saved >= settings.checkpoint_every_s:
-                    state.save(settings.out, self.model, self.optimiser, progress)
+                    run_state.save(settings.out, self.model, self.optimiser, progress)
                     saved = now
-        state.save(settings.out, self.model, self.optimiser, progress)
+        run_state.save(settings.out, self.model, self.optimiser, progress)
         return stopped if progress.step < settings.steps else None
 
     def take_step(self) -> None:
         settings, progress = self.settings, self.progress
         inputs, targets = (x.to(settings.device) for x in self.batches.at(progress.step))
+        rate = cosine_rate(
+            progress.step, steps=settings.steps, warmup=settings.warmup, lr=settings.lr, final_lr=settings.final_lr
+        )
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(settings, progress.step)
+            group["lr"] = rate
         loss = token_loss(self.model, inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
@@ -243,9 +231,14 @@ class _Run:
         )
         write_json(settings.out / REPORT, self.describe(outcome))
         if settings.plot:
-            from anabranch.train.plot import draw_loss
+            from anabranch.common.plot import draw_loss
 
-            draw_loss(self.log, settings.out / "loss.png")
+            curves = {
+                "train_bits_per_token": "training (mean since the last entry)",
+                "held_out_bits_per_byte": "held out",
+            }
+            picture = settings.out / "loss.png"
+            draw_loss(self.log, picture, curves, x="million tokens (bytes)", y="bits per byte")
         return outcome
 
     def describe(self, outcome: Outcome) -> dict[str, Any]:
@@ -271,24 +264,3 @@ class _Run:
             "python": platform.python_version(),
             "torch": torch.__version__,
         }
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Within, the first Ctrl-C or SIGTERM sets the event instead of stopping mid-step; the second one interrupts."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

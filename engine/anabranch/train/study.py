@@ -72,7 +72,7 @@ def settings_for(variant: Variant, seed: int, runs: Path, *, steps: int) -> LMSe
 
 def run_all(runs: Path, seeds: Sequence[int], steps: int) -> bool:
     """Train what is not trained yet, seed by seed; False when a run was interrupted."""
-    from anabranch.train import state
+    from anabranch.common import run_state
     from anabranch.train.lm import train
 
     for seed in seeds:
@@ -81,7 +81,7 @@ def run_all(runs: Path, seeds: Sequence[int], steps: int) -> bool:
             if finished(settings):
                 continue
             print(f"{variant.name}, seed {seed}, {steps} steps", flush=True)
-            if train(replace(settings, resume=state.exists(settings.out))).stopped is not None:
+            if train(replace(settings, resume=run_state.exists(settings.out))).stopped is not None:
                 return False
     return True
 

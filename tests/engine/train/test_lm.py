@@ -1,6 +1,5 @@
 """Training runs: they learn, they resume bitwise, they refuse what cannot work."""
 
-import itertools
 import json
 import os
 import signal
@@ -15,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from anabranch.common import run_state
 from anabranch.data.stream import held_out_windows
 from anabranch.data.text_files import find_files
 from anabranch.models.transformer import Transformer
 from anabranch.models.weights import load_model
-from anabranch.train import state
 from anabranch.train.corpus import read_corpus
-from anabranch.train.lm import bits_per_byte, learning_rate, make_optimiser, model_config, token_loss, train
+from anabranch.train.lm import bits_per_byte, model_config, token_loss, train
 from anabranch.train.settings import LMSettings
 
 LINE = b"def add(a, b):\n    return a + b\n\n"
@@ -156,34 +155,12 @@ def test_every_parameter_gets_a_gradient(text, tmp_path):
         assert (rows > 0).all(), name
 
 
-def test_norms_are_not_decayed(text, tmp_path):
-    settings = tiny(text, tmp_path)
-    model = Transformer(model_config(settings)).initialise(torch.Generator().manual_seed(0))
-    decays = {
-        id(parameter): group["weight_decay"]
-        for group in make_optimiser(model, settings).param_groups
-        for parameter in group["params"]
-    }
-    assert len(decays) == len(list(model.parameters()))
-    for name, parameter in model.named_parameters():
-        assert (decays[id(parameter)] == 0) == name.endswith("norm"), name
-
-
 def test_the_loss_is_cross_entropy_of_the_next_byte(text, tmp_path):
     model = Transformer(model_config(tiny(text, tmp_path))).initialise(torch.Generator().manual_seed(0))
     with torch.no_grad():
         model.embed.zero_()  # tied: all logits are zero, so every token costs log 258
     loss = token_loss(model, torch.zeros(2, 5, dtype=torch.long), torch.tensor([[1, 2, -100, 3, 4]] * 2))
     assert_close(loss, torch.tensor(258.0).log())
-
-
-def test_the_rate_rises_to_its_peak_and_falls_to_its_share():
-    settings = LMSettings(out=Path("x"), steps=100, warmup=10, lr=1.0, final_lr=0.1)
-    rates = [learning_rate(settings, step) for step in range(100)]
-    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert rates[10] == 1.0
-    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
-    assert rates[-1] == pytest.approx(0.1)
 
 
 def test_a_folder_with_a_run_is_not_overwritten(text, tmp_path):
@@ -250,5 +227,5 @@ def test_a_checkpoint_that_was_not_completed_is_ignored(text, tmp_path):
     run = tiny(text, tmp_path / "run")
     train(run)
     (tmp_path / "run" / "checkpoint" / "step-00000013.safetensors").write_bytes(b"half")
-    assert state.exists(tmp_path / "run")
+    assert run_state.exists(tmp_path / "run")
     assert train(replace(run, resume=True)).steps == 12
