@@ -16,9 +16,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from anabranch.common.checkpoint import read_json, write_json
+from anabranch.common.page import write_tables
 from anabranch.train.settings import LMSettings
 
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 INTERRUPTED = 130  # 128 + SIGINT
 
 # Two-sided 95 % point of Student's t by degrees of freedom (one less than the number of seeds).
@@ -179,16 +179,6 @@ def reading(pair: dict[str, Any]) -> str:
     return f"**{a}** is {word} than **{b}** by {abs(pair['mean']):.4f} bits per byte (95 % interval ± {half:.4f})."
 
 
-def write_report(path: Path, figures: dict[str, Any]) -> None:
-    """Put the tables between the two marks of a Markdown page, or write a page that is only them."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else f"{BEGIN}\n{END}\n"
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} must hold the lines {BEGIN!r} and {END!r}, between which the tables go")
-    path.write_text(f"{before}{BEGIN}\n{markdown(figures)}{END}{after}", encoding="utf-8")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Train what is missing, then write the figures; 130 when a run was interrupted."""
     summary, _, rest = (__doc__ or "").partition("\n")
@@ -214,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     figures = collect(args.runs, args.seeds, args.steps)
     write_json(args.json, figures)
-    write_report(args.report, figures)
+    write_tables(args.report, markdown(figures))
     print(markdown(figures))
     return 0
 
