@@ -33,6 +33,16 @@ def test_python_examples_run(page, tmp_path):
     run(["example.py"], cwd=tmp_path)
 
 
+def test_the_stories_of_the_page_can_be_sampled(data, tmp_path):
+    """Three instead of 1200, of which the last is for calibration."""
+    (example,) = blocks("docs/converting-checkpoints.md", "python")
+    (tmp_path / "stories260k").symlink_to(data("stories260k"))
+    run(["-c", example.replace("1200", "3").replace("1100", "2")], cwd=tmp_path)
+    stories = sorted((tmp_path / "stories").rglob("*.txt"))
+    assert [path.parent.name for path in stories] == ["calibration", "text", "text"]
+    assert all(len(path.read_text()) > 100 for path in stories)
+
+
 def test_the_op_of_the_page_builds_and_passes_its_test(tmp_path):
     """Its files go to the places they name; only what every op shares comes from the repository."""
     for body in blocks("docs/writing-an-op.md", "python") + blocks("docs/writing-an-op.md", "cpp"):
