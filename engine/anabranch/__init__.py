@@ -8,10 +8,15 @@ from anabranch.version import __version__
 if TYPE_CHECKING:
     from anabranch.serve.llm import LLM
     from anabranch.serve.request import SamplingParams
+    from anabranch.serve.structured import StructuredOutput
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutput", "__version__"]
 
-_HOMES = {"LLM": "anabranch.serve.llm", "SamplingParams": "anabranch.serve.request"}  # loaded on first use (PEP 562)
+_HOMES = {  # loaded on first use (PEP 562)
+    "LLM": "anabranch.serve.llm",
+    "SamplingParams": "anabranch.serve.request",
+    "StructuredOutput": "anabranch.serve.structured",
+}
 
 
 def __getattr__(name: str) -> object:

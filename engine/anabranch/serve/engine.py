@@ -6,8 +6,9 @@ One thread calls `step`; any thread may add and abort requests meanwhile, for th
 computes. An aborted request's blocks are free at once: the running step may still write to them, but nobody else gets
 them before it is over.
 
-A request that fails (its logits are not numbers, its text cannot be decoded) ends with finish_reason "error" and harms
-no other. When the model itself raises, every request of that step ends so, and the engine goes on.
+A request that fails (its logits are not numbers, its text cannot be decoded, no token fits its structured output) ends
+with finish_reason "error" and harms no other. When the model itself raises, every request of that step ends so, and the
+engine goes on.
 """
 
 import time
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from anabranch.models.transformer import Transformer
 from anabranch.serve.blocks import BlockPool
+from anabranch.serve.grammar import Grammar, Grammars
 from anabranch.serve.request import RequestMetrics, RequestOutput, SamplingParams
 from anabranch.serve.runner import Runner
 from anabranch.serve.sample import Request, Sample, extend_prompt_logprobs
@@ -64,6 +66,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
 
+    def to_str(self) -> str: ...
+
 
 @dataclass(slots=True)
 class Computed:
@@ -92,6 +96,7 @@ class Engine:
             max_len=config.max_model_len, dtype=config.cache_dtype,
         )  # fmt: skip
         self.sampler = Sampler()
+        self.grammars = None if tokenizer is None else Grammars(tokenizer, self.vocab_size, self.eos_ids)
         self._requests: dict[str, Request] = {}
         self._lock = Lock()
         self._seeds = torch.Generator().manual_seed(config.seed)
@@ -109,12 +114,16 @@ class Engine:
     ) -> None:
         """Queue a request. ValueError, with nothing queued, if it can never run.
 
+        A structured output is compiled here, in the caller's thread, unless it is one of the last that were (see
+        `Grammars.compile` for how long that takes); running requests go on meanwhile.
+
         prompt      the text of the tokens, only to be returned with the outputs
         cache_salt  requests with different salts never share cached blocks
         stream      report each step's new tokens and text; otherwise one output comes when all samples have ended
         """
         ids = list(prompt_token_ids)
         max_len = self.check(ids, params)
+        grammar = self._grammar(params)
         request = Request(
             request_id=request_id, prompt=prompt, prompt_token_ids=ids, params=params, stream=stream,
             metrics=RequestMetrics(arrival_s=time.perf_counter()),
@@ -123,7 +132,7 @@ class Engine:
         with self._lock:
             if request_id in self._requests:
                 raise ValueError(f"request_id {request_id!r} is already in use")
-            request.samples = [self._sample(request, index, max_len, cache_salt) for index in range(params.n)]
+            request.samples = [self._sample(request, index, max_len, cache_salt, grammar) for index in range(params.n)]
             self._requests[request_id] = request
             for sample in request.samples:
                 self.scheduler.add(sample)
@@ -143,6 +152,7 @@ class Engine:
             raise ValueError("stop texts need a tokenizer, and the model folder has none; use stop_token_ids")
         max_len = limit if params.max_tokens is None else min(limit, length + params.max_tokens)
         self.scheduler.check(length, max_len)
+        self._grammar(params)
         return max_len
 
     def abort(self, request_id: str) -> bool:
@@ -241,7 +251,14 @@ class Engine:
             request.report(new if request.stream else request.samples) for request, new in reports.items()
         ]
 
-    def _sample(self, request: Request, index: int, max_len: int, salt: str) -> Sample:
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        if params.structured is None:
+            return None
+        if self.grammars is None:
+            raise ValueError("structured output needs a tokenizer, and the model folder has none")
+        return self.grammars.compile(params.structured)
+
+    def _sample(self, request: Request, index: int, max_len: int, salt: str, grammar: Grammar | None) -> Sample:
         params = request.params
         silent = frozenset() if params.ignore_eos else self.eos_ids
         stop_ids = silent | frozenset(params.stop_token_ids or ())
@@ -253,11 +270,13 @@ class Engine:
             decode = partial(self.tokenizer.decode, skip_special_tokens=params.skip_special_tokens)
             context, keep = request.prompt_token_ids, params.include_stop_str_in_output
             text = TextStream(decode, context, params.stops, keep=keep)
+        matcher = None if grammar is None else grammar.matcher()
+        draw = Draw(params, request.prompt_token_ids, sorted(stop_ids), seed + index, matcher)
         return Sample(
             tokens=list(request.prompt_token_ids), max_len=max_len, salt=salt,
             reuse=params.prompt_logprobs is None or index > 0,
-            request=request, index=index, draw=Draw(params, request.prompt_token_ids, sorted(stop_ids), seed + index),
-            stop_ids=stop_ids, silent_ids=silent, text=text, logprobs=None if params.logprobs is None else [],
+            request=request, index=index, draw=draw, stop_ids=stop_ids, silent_ids=silent, text=text,
+            logprobs=None if params.logprobs is None else [],
         )  # fmt: skip
 
     def _fail(self, request: Request, error: BaseException) -> RequestOutput:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from anabranch.serve.structured import StructuredOutput
+
 GREEDY_BELOW = 1e-5  # temperatures below this take the most probable token
 FinishReason = Literal["stop", "length", "error"]
 
@@ -34,6 +36,9 @@ class SamplingParams:
                         vocabulary. Natural logarithms of the model's own distribution, before anything above
     prompt_logprobs     the same at the positions of the prompt; the prefix cache is then not used for reading
     skip_special_tokens leave special tokens out of the text
+    structured          the form that the output must have: no other token is ever chosen. End tokens and stop_token_ids
+                        can come only where the form may end, and where it can only end, the output ends by itself,
+                        also before min_tokens. An output that max_tokens or a stop text ends may be incomplete
     """
 
     n: int = 1
@@ -56,6 +61,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -90,6 +96,8 @@ class SamplingParams:
         for name in ("allowed_token_ids", "stop_token_ids"):
             value = getattr(self, name)
             _check(value is None or isinstance(value, list | tuple), name, value, "a list of token ids, or None")
+        form = self.structured
+        _check(form is None or isinstance(form, StructuredOutput), "structured", form, "a StructuredOutput, or None")
         texts = self.stop is None or isinstance(self.stop, str | list | tuple)
         _check(
             texts and all(isinstance(s, str) and s for s in self.stops), "stop", self.stop, "texts that are not empty"

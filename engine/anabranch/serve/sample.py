@@ -70,14 +70,18 @@ class Sample(Sequence):
 
     def advance(self, token: int, candidates: list[Candidate] | None, token_text: TokenText) -> None:
         """Append the next token and see whether it is the last."""
+        matcher = self.draw.matcher
         if token == NO_TOKEN:
-            raise ValueError("the model's scores of the next token are not numbers (NaN)")
+            problem = None if matcher is None else matcher.problem
+            raise ValueError(problem or "the model's scores of the next token are not numbers (NaN)")
         self.tokens.append(token)
         if candidates is not None and self.logprobs is not None:
             self.logprobs.append(name_candidates(candidates, token_text))
             self.cumulative_logprob += candidates[0][1]
         if token in self.stop_ids:
             self.finish_reason, self.stop_reason = "stop", None if token in self.silent_ids else token
+        elif matcher is not None and matcher.ended:
+            self.finish_reason = "stop"
         elif len(self.tokens) >= self.max_len:
             self.finish_reason = "length"
         if self.text is not None:
@@ -90,7 +94,7 @@ class Sample(Sequence):
             if self.finish_reason is None:
                 return
             first = len(self.request.prompt_token_ids)
-        hide = self.finish_reason == "stop" and not params.include_stop_str_in_output
+        hide = self.tokens[-1] in self.stop_ids and not params.include_stop_str_in_output
         produced = len(self.tokens) - len(self.request.prompt_token_ids)
         stop = text.feed(self.tokens[first : -1 if hide else None], watch=produced >= params.min_tokens)
         if stop is not None:

@@ -1,7 +1,8 @@
 """From logits to tokens, each request by its own rules and its own random numbers.
 
-Order of work, as in vLLM: logprobs of the untouched logits; allowed tokens, bias, minimum length, penalties; then the
-largest logit for greedy requests, and for the others temperature, min_p, top_k, top_p and one draw.
+Order of work, as in vLLM: logprobs of the untouched logits; allowed tokens, bias, minimum length, penalties, structured
+output; then the largest logit for greedy requests, and for the others temperature, min_p, top_k, top_p and one draw.
+A token that one of them forbids has the logit -inf, which none of the others can raise.
 
 A draw takes one float64 uniform from the request's own generator (on the CPU, whatever the device) and inverts the
 cumulative distribution in the order of the vocabulary. Every step works on rows alone, so a request's tokens do not
@@ -13,11 +14,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.serve.choose import NO_TOKEN, argmax, choose
+from anabranch.serve.grammar import Matcher
 from anabranch.serve.request import SamplingParams
 
+DEAD_END = (
+    "no token may follow: what the form of the output allows is forbidden by allowed_token_ids or min_tokens, or the "
+    "tokenizer cannot write it"
+)
 UNIFORMS = 64  # drawn at once: a call costs 5 us, however many it draws
 Candidate = tuple[int, float, int]  # token, natural logarithm of its probability, rank from 1
 
@@ -44,12 +51,20 @@ class Seen:
 
 
 class Draw:
-    """One sample's rules and state: its generator, what it has seen, how many tokens it has."""
+    """One sample's rules and state: its generator, what it has seen, how many tokens it has, its place in a grammar."""
 
-    __slots__ = ("_generator", "_seed", "_uniforms", "params", "produced", "seen", "stop_ids")
+    __slots__ = ("_generator", "_seed", "_uniforms", "matcher", "params", "produced", "seen", "stop_ids")
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], stop_ids: Sequence[int], seed: int) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        stop_ids: Sequence[int],
+        seed: int,
+        matcher: Matcher | None = None,
+    ) -> None:
         self.params = params
+        self.matcher = matcher
         self.stop_ids = list(stop_ids)
         self.produced = 0
         self.seen = Seen(prompt) if _penalised(params) else None
@@ -80,8 +95,8 @@ class Sampler:
     def __call__(self, logits: Tensor, draws: list[Draw]) -> tuple[list[int], dict[int, list[Candidate]]]:
         """logits [n, vocab] float32, overwritten; one Draw per row, which moves on by one token.
 
-        Returns a token per row (NO_TOKEN if a row has no distribution) and, for the rows that ask for logprobs, the
-        chosen token and then the most probable ones.
+        Returns a token per row (NO_TOKEN if a row has no distribution, or its matcher a problem) and, for the rows that
+        ask for logprobs, the chosen token and then the most probable ones.
         """
         plan = self._plan
         if plan is None or plan.draws != draws:
@@ -93,6 +108,8 @@ class Sampler:
         tokens = argmax(logits) if len(plan.random) < len(draws) else [NO_TOKEN] * len(draws)
         for row, token in zip(plan.random, plan.draw(logits), strict=True):
             tokens[row] = token
+        if plan.structured:
+            plan.follow(logits, tokens)
         for row in plan.counting:
             draws[row].produced += 1
             seen = draws[row].seen
@@ -117,9 +134,10 @@ class Plan:
         self.penalised = [row for row in rows if draws[row].seen is not None]
         self.delayed = [row for row in rows if params[row].min_tokens > 0 and draws[row].stop_ids]
         self.counting = sorted({*self.penalised, *self.delayed})
+        self.structured = [(row, matcher) for row in rows if (matcher := draws[row].matcher) is not None]
         biases = [(row, token, bias) for row in rows for token, bias in (params[row].logit_bias or {}).items()]
         limited = [row for row in rows if params[row].allowed_token_ids is not None]
-        self.plain = not (self.logged or self.random or self.counting or biases or limited)
+        self.plain = not (self.logged or self.random or self.counting or biases or limited or self.structured)
 
         def make(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=logits.device)
@@ -137,6 +155,8 @@ class Plan:
             for index, row in enumerate(limited):
                 self.forbidden[index, list(params[row].allowed_token_ids or ())] = False
             self.limited = make(limited, torch.int64)
+        if self.structured:
+            self.constrained = make([row for row, _ in self.structured], torch.int64)
         if self.penalised:
             self.repetition = column("repetition_penalty", self.penalised)
             self.frequency = column("frequency_penalty", self.penalised)
@@ -146,7 +166,7 @@ class Plan:
             self.rules = [params[row] for row in self.random]
 
     def edit(self, logits: Tensor) -> None:
-        """Change the logits in place: allowed tokens, bias, minimum length, penalties."""
+        """Change the logits in place: allowed tokens, bias, minimum length, penalties, structured output."""
         if self.forbidden is not None:
             logits[self.limited] = logits[self.limited].masked_fill(self.forbidden, -math.inf)
         if self.bias is not None:
@@ -157,6 +177,8 @@ class Plan:
                 logits[row, self.draws[row].stop_ids] = -math.inf
         if self.penalised:
             self._penalise(logits)
+        if self.structured:
+            self._constrain(logits)
 
     def _penalise(self, logits: Tensor) -> None:
         seen = [draw.seen for row in self.penalised if (draw := self.draws[row]).seen is not None]
@@ -172,6 +194,31 @@ class Plan:
         values = torch.where(values > 0, values / self.repetition, values * self.repetition)
         logits[where] = values - self.frequency * times - self.presence * (times > 0)
 
+    def _constrain(self, logits: Tensor) -> None:
+        bits = np.zeros((len(self.structured), max(matcher.row_bytes for _, matcher in self.structured)), np.uint8)
+        for index, (row, matcher) in enumerate(self.structured):  # on a GPU, while the model still computes
+            matcher.fill(bits[index], self.draws[row].stop_ids)
+        highest = ceilings(bits, logits.shape[1], logits.device)
+        if len(self.structured) == len(self.draws):
+            torch.minimum(logits, highest, out=logits)
+        else:
+            logits[self.constrained] = logits[self.constrained].minimum(highest)
+
+    def follow(self, logits: Tensor, tokens: list[int]) -> None:
+        """Move the matchers on by the chosen tokens, and take back a token that was chosen where all are forbidden."""
+        chosen = torch.tensor([max(tokens[row], 0) for row, _ in self.structured], device=logits.device)
+        scores = logits[self.constrained, chosen].tolist()
+        for (row, matcher), score in zip(self.structured, scores, strict=True):
+            if tokens[row] == NO_TOKEN:
+                if bool((logits[row] == -math.inf).all()):  # otherwise a NaN: not the grammar's fault
+                    matcher.stop(DEAD_END)
+            elif score == -math.inf:
+                matcher.stop(DEAD_END)
+            elif tokens[row] not in self.draws[row].stop_ids:
+                matcher.accept(tokens[row])
+            if matcher.problem is not None:
+                tokens[row] = NO_TOKEN
+
     def draw(self, logits: Tensor) -> list[int]:
         """One token for each random row."""
         if not self.random:
@@ -182,6 +229,25 @@ class Plan:
         """Of the random rows, at their temperatures: [m, V]."""
         mine = logits if len(self.random) == len(self.draws) else logits[self.random]
         return (mine / self.temperature).softmax(-1)
+
+
+def ceilings(bits: NDArray[np.uint8], count: int, device: torch.device) -> Tensor:
+    """inf where a bit is 1, -inf where it is 0: bits [m, bytes], lowest first -> [m, count] float32.
+
+    The smaller of a logit and its ceiling, for a row of 50 000 with every other token forbidden at random, takes 30 us
+    with the making of the ceiling; masked_fill, which branches, takes 170 us.
+    """
+    if device.type == "cpu":  # NumPy's is vectorised: 5 us against 140 us
+        unpacked = torch.from_numpy(np.unpackbits(bits, axis=1, count=count, bitorder="little"))
+    else:
+        unpacked = unpack(torch.from_numpy(bits).to(device), count)
+    return (unpacked.float() - 0.5) * math.inf
+
+
+def unpack(bits: Tensor, count: int) -> Tensor:
+    """np.unpackbits of each row's first `count` bits, lowest first, on the tensor's device: [m, count] bool."""
+    powers = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=bits.device)
+    return ((bits[:, :, None] & powers) != 0).flatten(1)[:, :count]
 
 
 def top_logprobs(logits: Tensor, chosen: list[int], counts: list[int]) -> list[list[Candidate]]:
