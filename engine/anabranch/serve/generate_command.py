@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from anabranch.serve.llm import LLM
     from anabranch.serve.request import SamplingParams
+    from anabranch.serve.structured import StructuredOutput
 
 SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "pystdlib-diffqkv"
 SHIPPED_PROMPT = "import os\n\n\ndef "
@@ -19,6 +20,9 @@ EXAMPLES = """examples:
   anabranch generate ./Llama-3.2-1B --prompt "Once upon a time" --max-tokens 200
   anabranch generate ./Qwen3-0.6B --chat --prompt "What is a river?" --temperature 0
   anabranch generate ./Qwen3-0.6B --prompt - --json < question.txt
+  anabranch generate ./Qwen3-0.6B --chat --prompt "Describe Rome." --json-schema city.json
+  anabranch generate ./Qwen3-0.6B --chat --prompt "When did it fall?" --regex "[0-9]{1,4} (AD|BC)"
+  anabranch generate ./Qwen3-0.6B --chat --prompt "Is it large?" --choice yes --choice no
 """
 
 
@@ -36,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", type=float, default=1.0, help="above 1 avoids repetition (default: %(default)s)")
     add("--seed", type=int, help="the same seed gives the same text")
     add("--stop", action="append", help="text that ends the output; may be given several times")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", metavar="FILE", help="the output is JSON that satisfies the schema in this file")
+    form.add_argument("--regex", help="the whole output matches this regular expression (Rust's syntax)")
+    form.add_argument("--choice", action="append", help="the output is this text; give it again for each other choice")
     add("--ignore-eos", action="store_true", help="go on after the model's end token")
     add("--dtype", default="auto", help="float32, bfloat16, float16 (default: as stored)")
     add("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
@@ -52,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     params = SamplingParams(
         max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, min_p=args.min_p,
         repetition_penalty=args.repetition_penalty, seed=args.seed, stop=args.stop, ignore_eos=args.ignore_eos,
+        structured=_read_form(args),
     )  # fmt: skip
     llm = LLM(
         args.model, dtype=args.dtype, device=args.device, cache_dtype=args.cache_dtype,
@@ -77,6 +86,16 @@ def _read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is None:
         raise ValueError("give a text to continue with --prompt (or - for the standard input)")
     return str(args.prompt)
+
+
+def _read_form(args: argparse.Namespace) -> "StructuredOutput | None":
+    from anabranch.serve.structured import StructuredOutput
+
+    if args.json_schema is not None:
+        return StructuredOutput(json_schema=Path(args.json_schema).read_text(encoding="utf-8"))
+    if args.regex is not None:
+        return StructuredOutput(regex=args.regex)
+    return None if args.choice is None else StructuredOutput(choice=args.choice)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,3 +73,36 @@ def test_what_is_missing_is_said_in_one_line(stories, capsys):
 def test_without_arguments_the_shipped_model_writes_python(capsys):
     assert main(["generate", "--max-tokens", "64"]) == 0
     assert capsys.readouterr().out.startswith(generate_command.SHIPPED_PROMPT)
+
+
+def test_an_output_has_the_form_it_was_asked_for(stories, capsys, tmp_path):
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "maximum": 99, "minimum": 0}},
+        "required": ["n"],
+    }
+    (tmp_path / "schema.json").write_text(json.dumps({**schema, "additionalProperties": False}))
+    forms = (
+        ["--json-schema", str(tmp_path / "schema.json")],
+        ["--regex", "[ab]{3}"],
+        ["--choice", "yes", "--choice", "no"],
+    )
+    texts = []
+    for form in forms:
+        assert main(["generate", stories, "--prompt", "Once", "--max-tokens", "60", "--json", *form]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["finish_reason"] == "stop"
+        texts.append(report["text"])
+    assert 0 <= json.loads(texts[0])["n"] < 100
+    assert re.fullmatch("[ab]{3}", texts[1])
+    assert texts[2] in ("yes", "no")
+
+
+def test_a_form_that_makes_no_sense_is_said_in_one_line(stories, capsys, tmp_path):
+    assert main(["generate", stories, "--prompt", "x", "--json-schema", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+    assert main(["generate", stories, "--prompt", "x", "--regex", "a("]) == 2
+    assert "unclosed group" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["generate", stories, "--prompt", "x", "--regex", "a", "--choice", "b"])
+    assert "not allowed with" in capsys.readouterr().err
