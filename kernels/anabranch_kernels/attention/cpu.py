@@ -1,11 +1,14 @@
-"""Dense attention on the CPU: torch's own flash kernels on K and V expanded to Hq heads.
+"""Dense attention on the CPU: torch's own flash kernels on K and V expanded to one number of heads.
 
-Layout   torch wants [B, H, T, D] with one head count and one width: K and V are repeated per query head, the
-         narrower of Dk and Dv is padded with zeros, which change neither scores nor gradients of what is kept.
+Layout   torch wants [B, H, T, D] with one head count for K and V (a divisor of Hq) and one width: both are repeated up
+         to the least common multiple of Hk and Hv, the narrower of Dk and Dv is padded with zeros, which change neither
+         scores nor gradients of what is kept.
 Bound    compute: training reads each row T times, so the expanded copy (T rows written once) does not show.
 Numerics torch's: float32 sums for bfloat16 and float16, float64 for float64.
 Not here windows and T < S without a mask: torch aligns its causal flag to the first key, so those take a mask.
 """
+
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -25,7 +28,7 @@ def _expand(x: Tensor, heads: int, width: int) -> Tensor:
 
 
 def _fold(grad: Tensor, like: Tensor) -> Tensor:
-    """Sum a gradient [B, heads, S, width] over the query heads that shared a head of `like` [B, S, H, D]."""
+    """Sum a gradient [B, heads, S, width] over the copies of each head of `like` [B, S, H, D]."""
     grad = grad[..., : like.shape[3]].transpose(1, 2)
     shared = grad.shape[2] // like.shape[2]
     if shared > 1:
@@ -52,7 +55,8 @@ def attention_forward(
         return q.new_zeros(B, T, Hq, Dv), q.new_full((B, T, Hq), -torch.inf, dtype=wide)
     width = max(q.shape[3], Dv)
     is_causal, mask = _mask(q, S, causal, window)
-    wide_q, wide_k, wide_v = (_expand(x, Hq, width) for x in (q, k, v))
+    heads = lcm(k.shape[2], v.shape[2])
+    wide_q, wide_k, wide_v = _expand(q, Hq, width), _expand(k, heads, width), _expand(v, heads, width)
     out, lse = _flash(wide_q, wide_k, wide_v, 0.0, is_causal, attn_mask=mask, scale=scale)
     return out[..., :Dv].transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
 
@@ -68,12 +72,12 @@ def attention_backward(
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    Hq, S = q.shape[2], k.shape[1]
+    Hq, S, heads = q.shape[2], k.shape[1], lcm(k.shape[2], v.shape[2])
     if q.numel() == 0 or k.numel() == 0:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     width = max(q.shape[3], v.shape[3])
     is_causal, mask = _mask(q, S, causal, window)
-    wide = [_expand(x, Hq, width) for x in (grad, q, k, v, out)]
+    wide = [_expand(x, H, width) for x, H in ((grad, Hq), (q, Hq), (k, heads), (v, heads), (out, Hq))]
     gradients = _flash_backward(*wide, lse.transpose(1, 2), 0.0, is_causal, attn_mask=mask, scale=scale)
     dq, dk, dv = (_fold(g, like) for g, like in zip(gradients, (q, k, v), strict=True))
     return dq, dk, dv
