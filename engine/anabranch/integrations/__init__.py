@@ -1,0 +1,1 @@
+"""This package's attention inside other people's stacks: transformers."""
