@@ -1,1 +1,1 @@
-"""This package's attention inside other people's stacks: transformers."""
+"""This package's attention inside other people's stacks: transformers, vLLM."""
