@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from anabranch.models.config import ModelConfig
 from anabranch.models.layers import Linear, linear, rms_norm, silu_mul
 from anabranch.models.rotary import rotary_frequencies, rotate
+from anabranch.models.shard import Group, Shard, cut
 from anabranch_kernels.attention.op import attention
 
 
@@ -47,35 +48,45 @@ class DenseAttend:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and gated feed-forward. Matrices that read the same input are stored as one."""
+    """Pre-norm attention and gated feed-forward. Matrices that read the same input are stored as one.
 
-    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device) -> None:
+    In a group the block holds one rank's part, and every result that all of them contribute to is summed.
+    """
+
+    def __init__(
+        self, shard: Shard, layer: int, dtype: torch.dtype, device: torch.device, group: Group | None = None
+    ) -> None:
         super().__init__()
+        config = shard.config
         self.config, self.layer, self.window = config, layer, config.windows[layer]
-        hidden = config.hidden_size
+        self.group, self.q_columns = group, slice(shard.q_columns.start, shard.q_columns.stop)
+        hidden, q_width = config.hidden_size, len(shard.q_proj)
+        once = group is None or group.rank == 0  # who adds the bias of a sum over ranks
         matrix = partial(Linear, dtype=dtype, device=device)
         vector = partial(torch.empty, dtype=dtype, device=device)
         self.attention_norm = nn.Parameter(vector(hidden))
-        self.split_qkv = (config.q_width + config.k_width, config.v_width)
+        self.split_qkv = (q_width + config.k_width, config.v_width)
+        self.split_qk = (q_width, config.k_width)
         self.split_heads = (config.q_heads, config.k_heads)
         self.qkv = matrix(hidden, sum(self.split_qkv), bias=config.qkv_bias)
         if config.q_intermediate_size is not None:
-            self.augq_gate_up = matrix(config.q_width, 2 * config.q_intermediate_size, bias=False)
-            self.augq_down = matrix(config.q_intermediate_size, config.q_width, bias=False)
+            self.augq_gate_up = matrix(q_width, 2 * config.q_intermediate_size, bias=False)
+            self.augq_down = matrix(config.q_intermediate_size, q_width, bias=False)
         if config.qk_norm:
             self.q_norm = nn.Parameter(vector(config.k_dim))
             self.k_norm = nn.Parameter(vector(config.k_dim))
-        self.o = matrix(config.o_width, hidden, bias=config.o_bias)
+        self.o = matrix(config.o_width, hidden, bias=config.o_bias and once)
         self.ffn_norm = nn.Parameter(vector(hidden))
         self.gate_up = matrix(hidden, 2 * config.ffn_size, bias=config.mlp_bias)
-        self.down = matrix(config.ffn_size, hidden, bias=config.mlp_bias)
+        self.down = matrix(config.ffn_size, hidden, bias=config.mlp_bias and once)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         eps = self.config.norm_eps
         q, k, v = self.project(rms_norm(x, self.attention_norm, eps), cos, sin)
-        x = x + self.o(attend(self.layer, q, k, v, self.window).flatten(1))
+        attended: Tensor = self.o(attend(self.layer, q, k, v, self.window).flatten(1))
+        x = x + (attended if self.group is None else self.group.all_reduce(attended))
         ffn: Tensor = self.down(silu_mul(self.gate_up(rms_norm(x, self.ffn_norm, eps))))
-        return x + ffn
+        return x + (ffn if self.group is None else self.group.all_reduce(ffn))
 
     def project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h [T, hidden] -> q [T, Hq, Dk] and k [T, Hk, Dk] turned to their positions, v [T, Hv, Dv]."""
@@ -92,27 +103,41 @@ class Block(nn.Module):
 
     def augment(self, qk: Tensor) -> Tensor:
         """Replace q0 of [q0 | k] by its gated MLP: the augmented query of Sigma, arXiv 2501.13629."""
-        q0, k = qk.split_with_sizes((self.config.q_width, self.config.k_width), -1)
-        q = self.augq_down(silu_mul(self.augq_gate_up(q0)))
+        q0, k = qk.split_with_sizes(self.split_qk, -1)
+        q: Tensor = self.augq_down(silu_mul(self.augq_gate_up(q0)))
+        if self.group is not None:  # q0 is whole on every rank
+            q0, q = q0[:, self.q_columns], self.group.all_reduce(q)[:, self.q_columns]
         return torch.cat([q0 + q if self.config.augq_residual else q, k], -1)
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model with uninitialised weights: call `initialise`, or fill it with `load_model`."""
+    """A decoder-only language model with uninitialised weights: call `initialise`, or fill it with `load_model`.
+
+    config   of the whole model. The attribute of that name has the head counts and inner widths of the part held here
+    group    the ranks that share the model; this one then holds `shard`, a part of it. None: all is here
+    """
 
     rotary: Tensor
 
     def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        group: Group | None = None,
     ) -> None:
         super().__init__()
         device = torch.device(device)
-        self.config = config
-        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device))
-        self.blocks = nn.ModuleList(Block(config, layer, dtype, device) for layer in range(config.layers))
-        self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype, device=device))
+        self.group = group
+        self.shard = cut(config, 0, 1) if group is None else cut(config, group.rank, group.size)
+        self.config = self.shard.config
+        V, hidden = config.vocab_size, config.hidden_size
+        self.embed = nn.Parameter(torch.empty(V, hidden, dtype=dtype, device=device))
+        self.blocks = nn.ModuleList(Block(self.shard, layer, dtype, device, group) for layer in range(config.layers))
+        self.norm = nn.Parameter(torch.empty(hidden, dtype=dtype, device=device))
         if not config.tie_embeddings:
-            self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device))
+            self.head = nn.Parameter(torch.empty(len(self.shard.vocab), hidden, dtype=dtype, device=device))
         self._place_rotary()
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
@@ -129,8 +154,13 @@ class Transformer(nn.Module):
         return rms_norm(x, self.norm, self.config.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [n, hidden_size] -> scores of every token [n, vocab_size], float32."""
-        return linear(hidden, self.embed if self.config.tie_embeddings else self.head).float()
+        """hidden [n, hidden_size] -> scores of every token [n, vocab_size], float32; in a group on rank 0 alone."""
+        weight: Tensor = self.embed if self.config.tie_embeddings else self.head
+        if self.group is None:
+            return linear(hidden, weight).float()
+        if self.config.tie_embeddings:
+            weight = weight[self.shard.vocab.start : self.shard.vocab.stop]
+        return self.group.gather(linear(hidden, weight), self.config.vocab_size).float()
 
     def initialise(self, generator: torch.Generator, std: float = 0.02) -> Self:
         """Fill every weight for training: normal with `std`, norms one, biases zero.
