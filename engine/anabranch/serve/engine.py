@@ -198,26 +198,28 @@ class Engine:
         asked = []
         for sample, start, count in zip(step.sequences, step.starts, step.counts, strict=True):
             if sample.request.prompt_logprobs is not None and sample.index == 0:
-                asked.append((sample, start, hidden[end : end + count]))
+                asked.append((sample, start, range(end, end + count)))
             end += count
             if start + count == len(sample.tokens):
                 samples.append(sample)
                 rows.append(end - 1)
-        prompt_logprobs = [(sample.request, self._score_prompt(sample, start, part)) for sample, start, part in asked]
+        prompt_logprobs = [
+            (sample.request, self._score_prompt(sample, start, hidden, where)) for sample, start, where in asked
+        ]
         if not samples:
             return Computed(samples, [], {}, prompt_logprobs)
         tokens, logprobs = self.sampler(self.runner.logits(hidden, rows), [sample.draw for sample in samples])
         return Computed(samples, tokens, logprobs, prompt_logprobs)
 
-    def _score_prompt(self, sample: Sample, start: int, hidden: Tensor) -> list[list[Candidate]]:
-        """Candidates at the prompt's positions that are still missing and that this step's hidden states predict."""
+    def _score_prompt(self, sample: Sample, start: int, hidden: Tensor, rows: range) -> list[list[Candidate]]:
+        """Candidates at the prompt's positions that are still missing and that a step predicts in some rows."""
         done = len(sample.request.prompt_logprobs or ())
         ids, count = sample.request.prompt_token_ids, sample.request.params.prompt_logprobs or 0
-        first, last = done - 1, min(start + len(hidden), len(ids) - 1)  # position p predicts token p + 1
+        first, last = done - 1, min(start + len(rows), len(ids) - 1)  # position p predicts token p + 1
         found = []
         for low in range(first, last, PROMPT_ROWS):
             high = min(low + PROMPT_ROWS, last)
-            logits = self.runner.logits(hidden, range(low - start, high - start))
+            logits = self.runner.logits(hidden, rows[low - start : high - start])
             found += top_logprobs(logits, ids[low + 1 : high + 1], [count] * (high - low))
         return found
 

@@ -6,6 +6,7 @@ into one row each; what the ops need to find their pages is built with NumPy, a 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from anabranch.serve.scheduler import S, Step
 from anabranch_kernels.memory import prefer_huge_pages
 from anabranch_kernels.paged_attention.op import paged_attention, store_kv
 
+Integers = NDArray[np.integer]
 CACHE_DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
 }  # fmt: skip
@@ -90,6 +92,37 @@ class PagedAttend:
         return out
 
 
+class Batch(NamedTuple):
+    """The arrays of one step: its tokens in one row each, packed in the order of its sequences."""
+
+    tokens: Integers  # [T] int64
+    positions: Integers  # [T] int64
+    slots: Integers  # [T] int64
+    page_table: Integers  # [B, max_pages] int32
+    seq_lens: Integers  # [B] int32
+    cu_seqlens_q: Integers  # [B + 1] int32
+
+
+def compute(model: Transformer, caches: list[LayerCache], batch: Batch) -> Tensor:
+    """Hidden states [T, hidden_size] of a step; its keys and values go into the caches."""
+    device = model.embed.device
+    tokens, positions, slots, page_table, seq_lens, cu_seqlens_q = (_tensor(array, device) for array in batch)
+    hidden: Tensor = model(tokens, positions, PagedAttend(caches, slots, page_table, seq_lens, cu_seqlens_q))
+    return hidden
+
+
+def score(model: Transformer, hidden: Tensor, rows: Sequence[int] | Integers) -> Tensor:
+    """Scores [len(rows), vocab] float32 of rows of `compute`'s result."""
+    if len(rows) < len(hidden):
+        hidden = hidden[_tensor(np.array(rows), hidden.device)]
+    return model.logits(hidden)
+
+
+def _tensor(array: Integers, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
+
+
 class Runner:
     """Holds the model, its caches and the page table of every row the scheduler hands out."""
 
@@ -111,6 +144,13 @@ class Runner:
 
     def forward(self, step: Step[S]) -> Tensor:
         """Compute a step's tokens: hidden states [T, hidden_size], packed in the order of its sequences."""
+        return compute(self.model, self.caches, self._pack(step))
+
+    def logits(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
+        """Scores [len(rows), vocab] float32 of some rows of the latest `forward`: only those are computed."""
+        return score(self.model, hidden, rows)
+
+    def _pack(self, step: Step[S]) -> Batch:
         for row, first, blocks in step.placed:
             self._table[row, first : first + len(blocks)] = blocks
         rows, starts, counts = (np.array(values) for values in (step.rows, step.starts, step.counts))
@@ -128,16 +168,4 @@ class Runner:
         tokens: list[int] = []
         for seq, start, count in zip(step.sequences, step.starts, step.counts, strict=True):
             tokens += seq.tokens[start : start + count]
-        attend = PagedAttend(self.caches, *map(self._tensor, (slots, page_table, lens.astype(np.int32), cu_seqlens_q)))
-        hidden: Tensor = self.model(self._tensor(np.array(tokens)), self._tensor(positions), attend)
-        return hidden
-
-    def logits(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
-        """Scores [len(rows), vocab] float32 of some rows of `forward`'s result: only those are computed."""
-        if len(rows) < len(hidden):
-            hidden = hidden[self._tensor(np.array(rows))]
-        return self.model.logits(hidden)
-
-    def _tensor(self, array: NDArray[np.integer]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+        return Batch(np.array(tokens), positions, slots, page_table, lens.astype(np.int32), cu_seqlens_q)
