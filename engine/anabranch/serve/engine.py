@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from anabranch.serve.sample import Request, Sample, extend_prompt_logprobs
 from anabranch.serve.sampler import Candidate, Draw, Sampler, top_logprobs
 from anabranch.serve.scheduler import Scheduler, Step
 from anabranch.serve.text import TextStream
+
+if TYPE_CHECKING:
+    from anabranch.serve.tensor_parallel import Workers
 
 PROMPT_ROWS = 64  # positions whose logits exist at once while prompt_logprobs are computed
 
@@ -80,9 +83,19 @@ class Computed:
 
 
 class Engine:
-    """Runs many requests together over one model. See the module's text for threads and failures."""
+    """Runs many requests together over one model. See the module's text for threads and failures.
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
+    workers   the other ranks, if `model` is rank 0's part of one
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        config: EngineConfig,
+        *,
+        workers: "Workers | None" = None,
+    ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.vocab_size = model.config.vocab_size
@@ -93,7 +106,7 @@ class Engine:
         )  # fmt: skip
         self.runner = Runner(
             model, num_blocks=config.num_blocks, block_size=config.block_size, max_num_seqs=config.max_num_seqs,
-            max_len=config.max_model_len, dtype=config.cache_dtype,
+            max_len=config.max_model_len, dtype=config.cache_dtype, workers=workers,
         )  # fmt: skip
         self.sampler = Sampler()
         self.grammars = None if tokenizer is None else Grammars(tokenizer, self.vocab_size, self.eos_ids)

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
     add("--cache-dtype", default="auto", choices=("auto", "int8"), help="of keys and values (default: as the weights)")
     add("--max-model-len", type=int, help="longest sequence, prompt and output together (default: the model's)")
+    add("--tensor-parallel-size", type=int, default=1, help="processes that share the model (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON object instead of a stream")
 
 
@@ -64,8 +66,13 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     llm = LLM(
         args.model, dtype=args.dtype, device=args.device, cache_dtype=args.cache_dtype,
-        max_model_len=args.max_model_len, max_num_seqs=1,
+        max_model_len=args.max_model_len, max_num_seqs=1, tensor_parallel_size=args.tensor_parallel_size,
     )  # fmt: skip
+    with closing(llm):
+        return _continue(llm, prompt, params, args)
+
+
+def _continue(llm: "LLM", prompt: str, params: "SamplingParams", args: argparse.Namespace) -> int:
     ids = llm.encode_chat([{"role": "user", "content": prompt}]) if args.chat else llm.encode(prompt)
     if not args.json and not args.chat:
         print(prompt, end="", flush=True)
@@ -105,7 +112,8 @@ class Report:
     tokens_per_s    of decoding, after the first token; None with fewer than two
     read_bandwidth  bytes/s of a plain read of memory, measured on this machine just now
     roof_share      weights and cache that decoding must read each second at this pace, as a share of that; above 1 when
-                    a small model stays in the processor's caches
+                    a small model stays in the processor's caches. None for ranks on a CPU: they share one memory, and
+                    the threads of one of them do not measure it
     """
 
     text: str
@@ -144,9 +152,9 @@ def generate(llm: "LLM", ids: list[int], params: "SamplingParams", *, echo: bool
     bandwidth = read_bandwidth(runner.device)
     pace = (len(moments) - 1) / (moments[-1] - moments[0]) if len(moments) > 1 else None
     context = len(ids) + len(moments) // 2  # on average
-    share = (
-        None if pace is None else decode_bytes(runner.model, llm.engine.config.cache_dtype, context) * pace / bandwidth
-    )
+    share = None
+    if pace is not None and (runner.workers is None or runner.device.type != "cpu"):
+        share = decode_bytes(runner.model, llm.engine.config.cache_dtype, context) * pace / bandwidth
     return Report(
         text=text, finish_reason=reason, prompt_tokens=len(ids), output_tokens=len(moments),
         first_token_s=moments[0] - start, tokens_per_s=pace, read_bandwidth=bandwidth, roof_share=share,

@@ -18,6 +18,7 @@ from anabranch.models.weights import load_model
 from anabranch.serve.engine import Engine, EngineConfig
 from anabranch.serve.memory import size_cache
 from anabranch.serve.request import CompletionOutput, RequestOutput, SamplingParams
+from anabranch.serve.tensor_parallel import Workers
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Conversation = Sequence[Mapping[str, Any]]
@@ -56,14 +57,17 @@ class LLM:
     device                  "auto" (a GPU if there is one) or a torch device
     max_model_len           tokens of a sequence, prompt and output together; None: the model's positions, or fewer if
                             the cache cannot hold as many
-    cache_bytes             memory for keys and values; None: half of what is free (85 % on a GPU), but never more than
-                            max_num_seqs sequences of max_model_len can use
+    cache_bytes             memory for keys and values, on each rank; None: half of what is free (85 % on a GPU), but
+                            never more than max_num_seqs sequences of max_model_len can use
     cache_dtype             "auto" (as the weights) or "int8", which holds almost twice as much as bfloat16
     max_num_seqs            sequences that run at once
     max_num_batched_tokens  tokens of one step; a longer prompt is computed in chunks, between which others advance
     enable_prefix_caching   compute what prompts have in common at their start only once
     block_size              tokens of a cache block, the unit of that sharing
     seed                    of requests that bring none
+    tensor_parallel_size    processes that share the model, this one among them; each holds some of the heads and some
+                            of each matrix. On GPUs rank r takes GPU r; on a CPU they divide torch's threads, and this
+                            process keeps its share. `close` ends the others, as does collecting this object
 
     Raises ValueError for a folder, a setting or a request that cannot work, before anything runs.
     """
@@ -83,6 +87,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         block_size: int = 64,
         seed: int = 0,
+        tensor_parallel_size: int = 1,
     ) -> None:
         folder = Path(model)
         if not (folder / "config.json").is_file():
@@ -92,27 +97,49 @@ class LLM:
             )
         if cache_dtype not in ("auto", "int8"):
             raise ValueError(f"cache_dtype must be 'auto' or 'int8', got {cache_dtype!r}")
-        where = _pick_device(device)
+        if tensor_parallel_size < 1:
+            raise ValueError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
+        where, weights = _pick_device(device), _pick_dtype(dtype)
         self.tokenizer = load_tokenizer(folder if tokenizer is None else Path(tokenizer))
         if self.tokenizer is None and tokenizer is not None:
             raise ValueError(f"there is no tokenizer in {str(tokenizer)!r}")
-        network = load_model(folder, dtype=_pick_dtype(dtype), device=where)
-        stored = torch.int8 if cache_dtype == "int8" else network.embed.dtype
-        num_blocks, length = size_cache(
-            network.config, dtype=stored, block_size=block_size, max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len, cache_bytes=cache_bytes, device=where,
-        )  # fmt: skip
-        if max_num_batched_tokens is None:
-            max_num_batched_tokens = max(STEP_TOKENS.get(where.type, STEP_TOKENS_GPU), max_num_seqs)
-        config = EngineConfig(
-            num_blocks=num_blocks, block_size=block_size, max_model_len=length, max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens, cache_dtype=stored,
-            enable_prefix_caching=enable_prefix_caching, seed=seed,
-        )  # fmt: skip
-        self.engine = Engine(network, None if self.tokenizer is None else self.tokenizer.backend_tokenizer, config)
+        self._workers: Workers | None = None
+        if tensor_parallel_size > 1:
+            self._workers = Workers(folder, tensor_parallel_size, dtype=weights, device=where)
+            where = self._workers.device
+        try:
+            network = load_model(
+                folder, dtype=weights, device=where, group=None if self._workers is None else self._workers.group
+            )
+            budget = None if self._workers is None else self._workers.join()
+            stored = torch.int8 if cache_dtype == "int8" else network.embed.dtype
+            num_blocks, length = size_cache(
+                network.shard.whole, dtype=stored, block_size=block_size, max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len, cache_bytes=budget if cache_bytes is None else cache_bytes, device=where,
+                ranks=tensor_parallel_size,
+            )  # fmt: skip
+            if max_num_batched_tokens is None:
+                max_num_batched_tokens = max(STEP_TOKENS.get(where.type, STEP_TOKENS_GPU), max_num_seqs)
+            config = EngineConfig(
+                num_blocks=num_blocks, block_size=block_size, max_model_len=length, max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens, cache_dtype=stored,
+                enable_prefix_caching=enable_prefix_caching, seed=seed,
+            )  # fmt: skip
+            backend = None if self.tokenizer is None else self.tokenizer.backend_tokenizer
+            self.engine = Engine(network, backend, config, workers=self._workers)
+            if self._workers is not None:
+                self._workers.start(num_blocks, block_size, stored)
+        except BaseException:
+            self.close()
+            raise
         self._numbers = count()
         self._inboxes: dict[str, deque[RequestOutput]] = {}
         self._driving = Lock()
+
+    def close(self) -> None:
+        """End the processes of other ranks, if there are any; nothing can be generated afterwards."""
+        if self._workers is not None:
+            self._workers.close()
 
     def generate(
         self,

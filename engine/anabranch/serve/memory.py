@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from anabranch.models.config import ModelConfig
+from anabranch.models.shard import cut
 from anabranch.serve.runner import cache_bytes_per_token
 
 FREE_SHARE = {"cpu": 0.5, "cuda": 0.85}  # of the free memory; the rest is for activations and for others
@@ -22,8 +23,11 @@ def size_cache(
     max_model_len: int | None,
     cache_bytes: int | None,
     device: torch.device,
+    ranks: int = 1,
 ) -> tuple[int, int]:
-    """(number of blocks, max_model_len) of an engine.
+    """(number of blocks, max_model_len) of an engine, the same on each of the `ranks` that share the model.
+
+    Every rank holds the keys and values of its own heads in as many blocks; `cache_bytes` is for each of them.
 
     A length that was not asked for gives way to a small cache; ValueError if one that was does not fit, or is more than
     the model's positions.
@@ -32,10 +36,9 @@ def size_cache(
         raise ValueError(f"block_size and max_num_seqs must be at least 1, got {block_size} and {max_num_seqs}")
     if max_model_len is not None and not 2 <= max_model_len <= config.max_position:
         raise ValueError(f"max_model_len must be in [2, {config.max_position}] for this model, got {max_model_len}")
-    block_bytes = block_size * cache_bytes_per_token(config, dtype)
-    budget = cache_bytes
-    if budget is None:
-        budget = int(free_bytes(device) * FREE_SHARE.get(device.type, 0.5))
+    parts = [cut(config, rank, ranks).config for rank in range(ranks)]
+    block_bytes = block_size * max(cache_bytes_per_token(part, dtype) for part in parts)
+    budget = cache_budget(device, ranks) if cache_bytes is None else cache_bytes
     length = max_model_len or config.max_position
     useful = max_num_seqs * -(-length // block_size)
     num_blocks = min(budget // block_bytes, useful)
@@ -46,6 +49,11 @@ def size_cache(
             f"sequence of {least} tokens needs {-(-least // block_size)}: raise cache_bytes or lower max_model_len"
         )
     return num_blocks, min(length, num_blocks * block_size)
+
+
+def cache_budget(device: torch.device, ranks: int = 1) -> int:
+    """Bytes that one rank's cache may take of what is free now; ranks on a CPU share one memory."""
+    return int(free_bytes(device) * FREE_SHARE.get(device.type, 0.5)) // (ranks if device.type == "cpu" else 1)
 
 
 def free_bytes(device: torch.device) -> int:

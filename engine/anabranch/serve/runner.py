@@ -6,7 +6,7 @@ into one row each; what the ops need to find their pages is built with NumPy, a 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from anabranch.models.transformer import Transformer
 from anabranch.serve.scheduler import S, Step
 from anabranch_kernels.memory import prefer_huge_pages
 from anabranch_kernels.paged_attention.op import paged_attention, store_kv
+
+if TYPE_CHECKING:
+    from anabranch.serve.tensor_parallel import Workers
 
 Integers = NDArray[np.integer]
 CACHE_DTYPES = {
@@ -44,11 +47,12 @@ def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 def decode_bytes(model: Transformer, dtype: torch.dtype, context: int) -> int:
     """Bytes that decoding one token after `context` others has to read: all weights once, and the cache it sees.
 
-    An embedding that is not also the output matrix is left out: one row of it is read.
+    Of the embedding only what also serves as the output matrix counts: otherwise one row of it is read. Of a model that
+    several ranks share, these are the bytes of this one.
     """
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    if not model.config.tie_embeddings:
-        weights -= model.embed.nbytes
+    weights = sum(parameter.nbytes for parameter in model.parameters()) - model.embed.nbytes
+    if model.config.tie_embeddings:
+        weights += model.embed[: len(model.shard.vocab)].nbytes
     seen = sum(context if window is None else min(window, context) for window in model.config.windows)
     return weights + seen * cache_bytes_per_token(model.config, dtype) // model.config.layers
 
@@ -104,7 +108,7 @@ class Batch(NamedTuple):
 
 
 def compute(model: Transformer, caches: list[LayerCache], batch: Batch) -> Tensor:
-    """Hidden states [T, hidden_size] of a step; its keys and values go into the caches."""
+    """Hidden states [T, hidden_size] of a step; its keys and values go into the caches. All ranks of a group call."""
     device = model.embed.device
     tokens, positions, slots, page_table, seq_lens, cu_seqlens_q = (_tensor(array, device) for array in batch)
     hidden: Tensor = model(tokens, positions, PagedAttend(caches, slots, page_table, seq_lens, cu_seqlens_q))
@@ -112,7 +116,7 @@ def compute(model: Transformer, caches: list[LayerCache], batch: Batch) -> Tenso
 
 
 def score(model: Transformer, hidden: Tensor, rows: Sequence[int] | Integers) -> Tensor:
-    """Scores [len(rows), vocab] float32 of rows of `compute`'s result."""
+    """Scores [len(rows), vocab] float32 of rows of `compute`'s result. All ranks of a group call, rank 0 gets them."""
     if len(rows) < len(hidden):
         hidden = hidden[_tensor(np.array(rows), hidden.device)]
     return model.logits(hidden)
@@ -124,7 +128,10 @@ def _tensor(array: Integers, device: torch.device) -> Tensor:
 
 
 class Runner:
-    """Holds the model, its caches and the page table of every row the scheduler hands out."""
+    """Holds the model, its caches and the page table of every row the scheduler hands out.
+
+    workers   the other ranks of a model's group, which are told of everything that is computed; None if all is here
+    """
 
     def __init__(
         self,
@@ -135,8 +142,10 @@ class Runner:
         max_num_seqs: int,
         max_len: int,
         dtype: torch.dtype,
+        workers: "Workers | None" = None,
     ) -> None:
         self.model = model
+        self.workers = workers
         self.device = model.embed.device
         self.block_size = block_size
         self.caches = make_caches(model.config, num_blocks, block_size, dtype, self.device)
@@ -144,11 +153,18 @@ class Runner:
 
     def forward(self, step: Step[S]) -> Tensor:
         """Compute a step's tokens: hidden states [T, hidden_size], packed in the order of its sequences."""
-        return compute(self.model, self.caches, self._pack(step))
+        batch = self._pack(step)
+        if self.workers is None:
+            return compute(self.model, self.caches, batch)
+        with self.workers.forward(batch):
+            return compute(self.model, self.caches, batch)
 
     def logits(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
         """Scores [len(rows), vocab] float32 of some rows of the latest `forward`: only those are computed."""
-        return score(self.model, hidden, rows)
+        if self.workers is None:
+            return score(self.model, hidden, rows)
+        with self.workers.logits(np.array(rows)):
+            return score(self.model, hidden, rows)
 
     def _pack(self, step: Step[S]) -> Batch:
         for row, first, blocks in step.placed:

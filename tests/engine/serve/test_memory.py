@@ -49,3 +49,18 @@ def test_given_bytes_are_never_exceeded(size):
     assert size(cache_bytes=20 * size.block_bytes) == (20, 320)  # a length that nobody asked for gives way
     with pytest.raises(ValueError, match="one sequence of 321 tokens needs 21: raise cache_bytes or lower"):
         size(cache_bytes=20 * size.block_bytes, max_model_len=321)
+
+
+def test_ranks_count_the_heads_that_they_hold(size, monkeypatch):
+    """Hk = 1 is repeated, Hv = 2 split: of 2 * (8 + 2 * 16) elements a token and layer two ranks hold 2 * (8 + 16)."""
+    each = size.block_bytes * 24 // 40
+    assert size(cache_bytes=20 * each, ranks=2) == (20, 320)
+    assert size(cache_bytes=20 * each - 1, ranks=2)[0] == 19
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 2 * 100 * each)
+    assert size(ranks=2) == (100, 1000)  # half of the memory, shared by two
+
+
+def test_gpus_have_memories_of_their_own(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    assert memory.cache_budget(torch.device("cuda"), 2) == 850
+    assert memory.cache_budget(torch.device("cpu"), 2) == 250

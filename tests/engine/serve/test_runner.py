@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from anabranch.models.transformer import Transformer
 from anabranch.serve.blocks import BlockPool
 from anabranch.serve.runner import Runner, cache_bytes_per_token, decode_bytes
 from anabranch.serve.scheduler import Scheduler, Sequence
@@ -79,6 +80,18 @@ def test_bytes_are_counted(build):
     windowed = build(family="mistral", k_heads=2, v_heads=2, v_dim=8, windows=(5, 5))
     per_token = cache_bytes_per_token(windowed.config, torch.float32)
     assert decode_bytes(windowed, torch.float32, 50) - decode_bytes(windowed, torch.float32, 0) == 5 * per_token
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_ranks_read_half_of_the_output_matrix_each(build, tied):
+    config = build(tie_embeddings=tied, vocab_size=98).config
+
+    class Rank:
+        rank, size = 0, 2
+
+    part = Transformer(config, group=Rank(), device="meta")
+    blocks = sum(parameter.nbytes for parameter in part.blocks.parameters()) + part.norm.nbytes
+    assert decode_bytes(part, torch.float32, 0) == blocks + 49 * config.hidden_size * 4
 
 
 def test_a_model_with_other_sizes_gets_other_pools(build):
