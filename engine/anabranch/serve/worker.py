@@ -13,6 +13,7 @@ unpickled. Rank 0 alone holds the other end of the pipe.
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -116,17 +117,24 @@ def serve(settings: Settings, messages: BufferedReader, say: Callable[[dict[str,
                 score(model, hidden, arrays[0])
 
 
-def _end_with(leader: int) -> None:
+def _end_with(leader: int, rendezvous: Path) -> None:
     """End this process, whatever it waits for, when its parent is gone."""
     while os.getppid() == leader:
         time.sleep(1)
+    _leave(rendezvous)
     os._exit(1)
+
+
+def _leave(rendezvous: Path) -> None:
+    """Remove the folder where the ranks met: one that is killed cannot, and the first to end ends the group."""
+    shutil.rmtree(rendezvous.parent, ignore_errors=True)
 
 
 def main(settings: Settings) -> int:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no reply
-    threading.Thread(target=_end_with, args=(settings.leader,), daemon=True).start()
+    rendezvous = Path(settings.rendezvous)
+    threading.Thread(target=_end_with, args=(settings.leader, rendezvous), daemon=True).start()
 
     def say(reply: dict[str, object]) -> None:
         print(json.dumps(reply), file=replies, flush=True)
@@ -139,6 +147,8 @@ def main(settings: Settings) -> int:
         with suppress(BrokenPipeError):
             say({"error": f"{type(error).__name__}: {error}"})
         return 1
+    finally:
+        _leave(rendezvous)
     return 0
 
 

@@ -262,18 +262,21 @@ def test_workers_end_with_a_rank_0_that_is_killed(stories):
         "from anabranch import LLM\n"
         f"llm = LLM({str(stories)!r}, tensor_parallel_size=2)\n"  # no guard for __main__: nothing runs the script again
         "child = os.fork()\n"  # it keeps the pipes open, so no worker comes to their end
-        "if child: print(child, llm._workers._processes[0].pid, flush=True)\n"
+        "if child: print(child, llm._workers._processes[0].pid, llm._workers._meeting, flush=True)\n"
         "time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as leader:
         leader.stdin.write(script)
         leader.stdin.close()
-        child, worker = map(int, leader.stdout.readline().split())
+        child, worker, meeting = leader.stdout.readline().split()
+        child, worker, meeting = int(child), int(worker), Path(meeting)
         assert alive(worker)
+        assert meeting.exists()
         leader.kill()
     try:
         wait_until(lambda: not alive(worker))
         assert alive(child)
+        assert not meeting.exists()
     finally:
         os.kill(child, signal.SIGKILL)
 
