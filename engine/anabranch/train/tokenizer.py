@@ -8,19 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from anabranch.common.byte_alphabet import byte_alphabet
 from anabranch.train.corpus import BOS, EOS
 
 BOS_TEXT, EOS_TEXT = "<|begin|>", "<|end|>"
-
-
-def byte_alphabet() -> list[str]:
-    """Character of each byte in GPT-2's alphabet: itself when printable Latin-1, else the next free one from 256."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    characters, free = [], 256
-    for byte in range(256):
-        characters.append(chr(byte if byte in printable else free))
-        free += byte not in printable
-    return characters
 
 
 def write_tokenizer(folder: Path, *, context: int) -> None:

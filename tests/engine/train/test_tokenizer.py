@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from anabranch.train.corpus import BOS, EOS, VOCAB_SIZE
-from anabranch.train.tokenizer import BOS_TEXT, EOS_TEXT, byte_alphabet, write_tokenizer
+from anabranch.train.tokenizer import BOS_TEXT, EOS_TEXT, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,3 @@ def test_the_marks_are_the_two_tokens_beyond_the_bytes(tokenizer):
     assert tokenizer(f"{BOS_TEXT}a{EOS_TEXT}")["input_ids"] == [BOS, 97, EOS]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (BOS, EOS, VOCAB_SIZE)
     assert tokenizer.decode([BOS, 97, EOS], skip_special_tokens=True) == "a"
-
-
-def test_the_alphabet_is_gpt2s():
-    alphabet = byte_alphabet()
-    assert len(set(alphabet)) == 256
-    assert (alphabet[ord("a")], alphabet[ord(" ")], alphabet[ord("\n")], alphabet[0]) == ("a", "Ġ", "Ċ", "Ā")
