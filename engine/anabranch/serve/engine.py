@@ -73,6 +73,20 @@ class Tokenizer(Protocol):
 
 
 @dataclass(slots=True)
+class EngineStats:
+    """Sums since the engine was made; only `step` writes them.
+
+    sampled_tokens  output tokens, of which first_tokens were the first of their sample
+    failed_steps    steps in a row that the model did not survive, up to now
+    """
+
+    steps: int = 0
+    sampled_tokens: int = 0
+    first_tokens: int = 0
+    failed_steps: int = 0
+
+
+@dataclass(slots=True)
 class Computed:
     """What a step has found, before any of it is given to the requests."""
 
@@ -109,6 +123,7 @@ class Engine:
             max_len=config.max_model_len, dtype=config.cache_dtype, workers=workers,
         )  # fmt: skip
         self.sampler = Sampler()
+        self.stats = EngineStats()
         self.grammars = None if tokenizer is None else Grammars(tokenizer, self.vocab_size, self.eos_ids)
         self._requests: dict[str, Request] = {}
         self._lock = Lock()
@@ -191,10 +206,12 @@ class Engine:
             step = self.scheduler.schedule()
         if not step.sequences:
             return []
+        self.stats.steps += 1
         try:
             computed = self._compute(step)
         except BaseException as error:  # an interrupt, too, leaves half a step behind
             with self._lock:
+                self.stats.failed_steps += 1
                 self.scheduler.discard(step)
                 requests = dict.fromkeys(sample.request for sample in step.sequences if sample.row >= 0)
                 failed = [self._fail(request, error) for request in requests]
@@ -202,6 +219,7 @@ class Engine:
                 return failed
             raise
         with self._lock:
+            self.stats.failed_steps = 0
             self.scheduler.complete(step)
             return self._advance(computed)
 
@@ -252,6 +270,8 @@ class Engine:
                 outputs.append(self._fail(request, error))
                 reports.pop(request, None)
                 continue
+            self.stats.sampled_tokens += 1
+            self.stats.first_tokens += len(sample.tokens) == len(request.prompt_token_ids) + 1
             if request.metrics.first_token_s is None:
                 request.metrics.first_token_s = now
             if sample.finish_reason is not None:

@@ -4,7 +4,9 @@ The pools have one K and one V tensor per layer, with head counts and widths of 
 into one row each; what the ops need to find their pages is built with NumPy, a fixed number of small arrays per step.
 """
 
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -131,6 +133,8 @@ class Runner:
     """Holds the model, its caches and the page table of every row the scheduler hands out.
 
     workers   the other ranks of a model's group, which are told of everything that is computed; None if all is here
+
+    `model_s` sums the seconds spent in calls of the model. A GPU may still be at work when they return.
     """
 
     def __init__(
@@ -148,23 +152,26 @@ class Runner:
         self.workers = workers
         self.device = model.embed.device
         self.block_size = block_size
+        self.model_s = 0.0
         self.caches = make_caches(model.config, num_blocks, block_size, dtype, self.device)
         self._table = np.zeros((max_num_seqs, -(-max_len // block_size)), np.int32)
 
     def forward(self, step: Step[S]) -> Tensor:
         """Compute a step's tokens: hidden states [T, hidden_size], packed in the order of its sequences."""
         batch = self._pack(step)
-        if self.workers is None:
-            return compute(self.model, self.caches, batch)
-        with self.workers.forward(batch):
-            return compute(self.model, self.caches, batch)
+        before = time.perf_counter()
+        with nullcontext() if self.workers is None else self.workers.forward(batch):
+            hidden = compute(self.model, self.caches, batch)
+        self.model_s += time.perf_counter() - before
+        return hidden
 
     def logits(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
         """Scores [len(rows), vocab] float32 of some rows of the latest `forward`: only those are computed."""
-        if self.workers is None:
-            return score(self.model, hidden, rows)
-        with self.workers.logits(np.array(rows)):
-            return score(self.model, hidden, rows)
+        before = time.perf_counter()
+        with nullcontext() if self.workers is None else self.workers.logits(np.array(rows)):
+            scores = score(self.model, hidden, rows)
+        self.model_s += time.perf_counter() - before
+        return scores
 
     def _pack(self, step: Step[S]) -> Batch:
         for row, first, blocks in step.placed:
