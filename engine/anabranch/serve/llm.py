@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import count
 from pathlib import Path
 from threading import Lock
@@ -183,13 +184,23 @@ class LLM:
         self.engine.check(parsed.ids, params)  # now, not at the first next()
         return self._stream(parsed, params)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with what the tokenizer puts before it."""
-        return self._tokenize(text, special=True)
+        return self._tokenize(text, special=add_special_tokens)
 
-    def encode_chat(self, conversation: Conversation) -> list[int]:
-        """Token ids of a conversation by the model's chat template, up to where the answer starts."""
-        return self._render(conversation).ids
+    def encode_chat(
+        self,
+        conversation: Conversation,
+        *,
+        add_generation_prompt: bool = True,
+        template_values: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation by the model's chat template, up to where the answer starts.
+
+        add_generation_prompt  end with what begins an answer
+        template_values        further variables of the template, such as Qwen3's enable_thinking
+        """
+        return self._render(conversation, add_generation_prompt, template_values).ids
 
     def reset_prefix_cache(self) -> None:
         """Forget the blocks of earlier prompts."""
@@ -284,14 +295,21 @@ class LLM:
                 f"{name} must be a text, a list of token ids, or a dictionary with one of them, got {prompt!r}"
             ) from None
 
-    def _render(self, conversation: Conversation) -> _Parsed:
+    def _render(
+        self, conversation: Conversation, begin: bool = True, values: Mapping[str, Any] | None = None
+    ) -> _Parsed:
         if self.tokenizer is None:
             raise ValueError(
                 "the model folder has no tokenizer, so it has no chat template; give token ids to generate"
             )
         if not self.tokenizer.chat_template:
             raise ValueError("the model's tokenizer has no chat template; use generate with a text")
-        text = self.tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
+        taken = sorted(set(signature(self.tokenizer.apply_chat_template).parameters) & set(values or ()))
+        if taken:
+            raise ValueError(f"values of a chat template cannot be named {taken}")
+        text = self.tokenizer.apply_chat_template(
+            list(conversation), tokenize=False, add_generation_prompt=begin, **dict(values or {})
+        )
         return _Parsed(text, self._tokenize(text, special=False))
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
