@@ -1,11 +1,12 @@
-"""`anabranch bench attention|linear|engine`: measure, print the table, write what was asked for."""
+"""`anabranch bench attention|linear|engine|serve`: measure, print the table, write what was asked for."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from anabranch.bench.report import Report
+    from anabranch.bench.report import Report, Table
+    from anabranch.bench.serve import ServeReport
     from anabranch.bench.timing import Roofs, Sample
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_attention(_add_kind(kinds, "attention", "decode and prefill of unequal heads beside the GQA twin and torch"))
     _add_linear(_add_kind(kinds, "linear", "skinny_linear beside torch's linear"))
     _add_engine(_add_kind(kinds, "engine", "a 315M-parameter Llama beside transformers and llama.cpp"))
+    _add_serve(_add_kind(kinds, "serve", "the HTTP server under load beside the engine without it", plot=False))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,14 +38,14 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         reports.check_plot_library()
     args.repeats = 3 if args.quick else args.repeats
-    report = _measure(args)
+    report: Table = _serve(args) if args.kind == "serve" else _measure(args)
     print(reports.to_text(report))
     reports.save(report, json_path=args.json, markdown_path=args.markdown, plot_path=args.plot)
     return 0
 
 
 def _add_kind(
-    kinds: "argparse._SubParsersAction[argparse.ArgumentParser]", kind: str, summary: str
+    kinds: "argparse._SubParsersAction[argparse.ArgumentParser]", kind: str, summary: str, *, plot: bool = True
 ) -> argparse.ArgumentParser:
     parser = kinds.add_parser(
         kind, help=summary, description=f"Measure {summary}.", formatter_class=argparse.RawDescriptionHelpFormatter
@@ -55,7 +57,9 @@ def _add_kind(
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a roofline PNG (needs matplotlib)")
+    parser.set_defaults(plot=None)
+    if plot:
+        parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a roofline PNG (needs matplotlib)")
     return parser
 
 
@@ -95,6 +99,18 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 """
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="(default: all installed)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="sequences at once (%(default)s)")
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  anabranch bench serve                              random weights; 1, 8 and 32 clients
+  anabranch bench serve --clients 8 --url llama.cpp=http://127.0.0.1:8081   beside a server that runs already
+"""
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="clients at once (%(default)s)")
+    parser.add_argument(
+        "--url", action="append", default=[], metavar="NAME=URL",
+        help="another server with OpenAI's API, which must take prompts of token ids below 8192; may be repeated",
+    )  # fmt: skip
 
 
 def _measure(args: argparse.Namespace) -> "Report":
@@ -178,3 +194,24 @@ def _engine(args: argparse.Namespace, roofs: "Roofs") -> "Report":
     weights = engine.count_weights(config) / 1e6
     title = f"Engines on one bfloat16 Llama of {weights:.0f} M random weights"
     return Report(title=title, machine=machine.describe(), samples=tuple(samples), absent=tuple(absent))
+
+
+def _serve(args: argparse.Namespace) -> "ServeReport":
+    import torch
+
+    from anabranch.bench import machine, serve
+
+    urls = dict(word.split("=", 1) for word in args.url if "=" in word)
+    if len(urls) < len(args.url) or not all(url.startswith("http://") for url in urls.values()):
+        raise ValueError(f"--url must be NAME=http://HOST:PORT, each name once, got {args.url}")
+    if min(args.clients) < 1:
+        raise ValueError(f"--clients must be at least 1, got {args.clients}")
+    threads = args.threads or torch.get_num_threads()
+    steps = serve.plan(quick=args.quick, clients=args.clients, repeats=args.repeats, threads=threads)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        measured = tuple(serve.measure(steps, urls))
+        return serve.ServeReport(title="Serving random weights", machine=machine.describe(), measured=measured)
+    finally:
+        torch.set_num_threads(before)

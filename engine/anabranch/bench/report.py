@@ -3,13 +3,37 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 from anabranch.bench.machine import Machine
 from anabranch.bench.timing import Sample
 from anabranch.common.files import replace_file
 
 HEADER = ("case", "contender", "ms", "p10 … p90", "tokens/s", "GB/s", "GFLOP/s", "of roof", "time / ours")
+
+
+class Table(Protocol):
+    """What can be printed and saved. The first two columns are names, the others numbers."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def header(self) -> tuple[str, ...]: ...
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """One line each, under the header."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What stands under the table."""
+        ...
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything that was measured, for JSON."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +44,10 @@ class Report:
     machine: Machine
     samples: tuple[Sample, ...]
     absent: tuple[str, ...] = ()
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        return HEADER
 
     def rows(self) -> list[tuple[str, ...]]:
         """One row per sample under HEADER; times are compared with the first contender of the same case."""
@@ -40,11 +68,16 @@ class Report:
             *(f"not run: {peer}" for peer in self.absent),
         ]
 
+    def numbers(self) -> dict[str, Any]:
+        """Every number, each time included."""
+        samples = [{**asdict(one), "median_s": one.median_s, "roof_share": one.roof_share} for one in self.samples]
+        return {**asdict(self), "samples": samples}
 
-def to_text(report: Report) -> str:
+
+def to_text(report: Table) -> str:
     """Columns for a terminal."""
-    rows = [HEADER, *report.rows()]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    rows = [report.header, *report.rows()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(report.header))]
     lines = [
         "  ".join(
             cell.ljust(width) if column < 2 else cell.rjust(width)
@@ -55,19 +88,17 @@ def to_text(report: Report) -> str:
     return "\n".join([report.title, "", lines[0], "-" * len(lines[0]), *lines[1:], "", *report.notes()])
 
 
-def to_markdown(report: Report) -> str:
+def to_markdown(report: Table) -> str:
     """A table as GitHub shows it."""
-    lines = [f"# {report.title}", "", f"| {' | '.join(HEADER)} |", "|---|---|" + "---:|" * (len(HEADER) - 2)]
+    header = report.header
+    lines = [f"# {report.title}", "", f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
     lines += [f"| {' | '.join(row)} |" for row in report.rows()]
     return "\n".join([*lines, "", *(f"- {note}" for note in report.notes())]) + "\n"
 
 
-def to_json(report: Report) -> str:
-    """Every number of the report, each time included."""
-    samples = [
-        {**asdict(sample), "median_s": sample.median_s, "roof_share": sample.roof_share} for sample in report.samples
-    ]
-    return json.dumps({**asdict(report), "samples": samples}, indent=1) + "\n"
+def to_json(report: Table) -> str:
+    """Every number of the report."""
+    return json.dumps(report.numbers(), indent=1) + "\n"
 
 
 def check_targets(paths: Sequence[Path]) -> None:
@@ -78,7 +109,7 @@ def check_targets(paths: Sequence[Path]) -> None:
 
 
 def save(
-    report: Report, *, json_path: Path | None = None, markdown_path: Path | None = None, plot_path: Path | None = None
+    report: Table, *, json_path: Path | None = None, markdown_path: Path | None = None, plot_path: Path | None = None
 ) -> None:
     """Write what was asked for; each file is whole or not there."""
     if json_path:
@@ -86,7 +117,8 @@ def save(
     if markdown_path:
         replace_file(markdown_path, lambda path: path.write_text(to_markdown(report)))
     if plot_path:
-        replace_file(plot_path, lambda path: draw_roofline(report, path))
+        assert isinstance(report, Report)  # other tables have no roofs
+        replace_file(plot_path, partial(draw_roofline, report))
 
 
 def check_plot_library() -> None:

@@ -21,6 +21,15 @@ def test_a_quick_run_prints_a_table_and_writes_files(kind, tmp_path, capsys):
     assert all(path.stat().st_size > 0 for path in files.values())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--url", "x"], "--url must be NAME=http://"), (["--clients", "0"], "--clients must be at least 1")],
+)
+def test_bad_options_of_serve_end_with_one_line(options, message, capsys):
+    assert main(["bench", "serve", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_threads_are_set_for_the_run_only(tmp_path):
     before = torch.get_num_threads()
     path = tmp_path / "table.json"
