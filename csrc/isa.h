@@ -25,8 +25,8 @@ struct Kernels {
   int64_t (*attention_scratch_floats)(const AttentionCall&, int groups, int tokens);
   void (*attend)(const AttentionCall&, const AttentionItem&, const AttentionItem* after, float* scratch);
   void (*score)(const AttentionCall&, const AttentionItem&, float* scratch, float* scores, int64_t scores_stride);
-  int64_t (*linear_scratch_floats)(const LinearCall&);
-  void (*linear_pack)(const LinearCall&, float* packed);
+  int64_t (*linear_packed_floats)(const LinearCall&);
+  void (*linear_pack)(const LinearCall&, float* packed, int group);
   void (*linear_rows)(const LinearCall&, const float* packed, int64_t row_begin, int64_t row_end);
   float (*read)(const void* data, int64_t bytes);
 };

@@ -32,8 +32,8 @@ constexpr Kernels kernels_of() {
       [](const AttentionCall& call, const AttentionItem& item, float* scratch, float* scores, int64_t stride) {
         AttentionKernel<S>(call, item, scratch).score(scores, stride);
       },
-      [](const LinearCall& call) { return LinearKernel<S>(call).scratch_floats(); },
-      [](const LinearCall& call, float* packed) { LinearKernel<S>(call).pack(packed); },
+      [](const LinearCall& call) { return LinearKernel<S>(call).packed_floats(); },
+      [](const LinearCall& call, float* packed, int group) { LinearKernel<S>(call).pack(packed, group); },
       [](const LinearCall& call, const float* packed, int64_t begin, int64_t end) {
         LinearKernel<S>(call).rows(packed, begin, end);
       },

@@ -1,9 +1,9 @@
 // Rows of a skinny linear layer, for any instruction set S (simd_*.h).
 //
-// x is converted once and padded with zeros to whole vectors. Four rows of the weight meet four rows of x at a time, so
-// that each weight vector is loaded and widened once for four products. With more than four rows of x the work goes
-// block by block along the inputs: a block of sixteen weight rows stays in the first cache while all rows of x pass.
-// Where S multiplies pairs of bfloat16, bfloat16 weights are used as they lie.
+// x is converted once and padded with zeros to whole vectors. Four rows of the weight stream beside each other and meet
+// up to eight rows of x at a time, so that each weight vector is loaded and widened once for all of them; more rows pass
+// again while the four are in the first cache. The work goes block by block along the inputs, as much of x at a time as
+// that cache holds beside the weight. Where S multiplies pairs of bfloat16, bfloat16 weights are used as they lie.
 #pragma once
 
 #include <algorithm>
@@ -14,70 +14,126 @@
 
 namespace anabranch {
 
+// W sums for output `row` and those behind it, of which `rows` exist, to row m of y: scaled, shifted, rounded.
+template <class S>
+void write_results(const LinearCall& call, typename S::F sums, int64_t row, int rows, int64_t m) {
+  const auto some = [&](const auto* from) {  // of the scales or the bias
+    if (rows == S::W) return S::widen(from + row);
+    std::remove_const_t<std::remove_pointer_t<decltype(from)>> values[S::W] = {};
+    std::memcpy(values, from + row, rows * sizeof *from);
+    return S::widen(values);
+  };
+  with_type(call.x_type, [&](auto* type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    if constexpr (sizeof(T) != 1) {
+      if (call.scales != nullptr) sums = S::mul(sums, some(call.scales));
+      if (call.bias != nullptr) sums = S::add(sums, some(static_cast<const T*>(call.bias)));
+      T* to = static_cast<T*>(call.y) + m * call.out + row;
+      if (rows == S::W) return S::narrow(sums, to);
+      T results[S::W];
+      S::narrow(sums, results);
+      std::memcpy(to, results, rows * sizeof(T));
+    }
+  });
+}
+
 template <class S>
 class LinearKernel {
   using F = typename S::F;
   static constexpr int W = S::W;
-  static constexpr int kRows = 4, kColumns = 4;            // of a register block
-  static constexpr int kBlockRows = 16, kBlockInputs = 512;  // of a cache block
+  static constexpr int kColumns = W == 16 ? 8 : 4;     // rows of x at a time, most
+  static constexpr int kChunkRows = 4;                 // rows of the weight that stream beside each other
+  static constexpr int kBlockRows = 16;                // whose sums are kept
+  static constexpr int kBlockVectors = 16 * 1024 / 4 / W;  // of x in a block: a third of the first cache
 
  public:
   explicit LinearKernel(const LinearCall& call)
       : c_(call), pairs_(S::pairs && call.x_type == Type::bf16 && call.weight_type == Type::bf16),
         width_(pairs_ ? padded(call.in, 2 * W) / 2 : padded(call.in, W)) {}
 
-  int64_t scratch_floats() const { return int64_t{c_.M} * width_; }
+  int64_t packed_floats() const { return (int64_t{c_.M} + kColumns - 1) * width_; }
 
-  void pack(float* packed) const {
+  // Rows of x that pass together lie vector by vector beside each other, so that no two are a multiple of 4 KiB apart.
+  void pack(float* packed, int group) const {
+    const int first = group * kGroupRows, rows = std::min(kGroupRows, c_.M - first), columns = padded_columns(rows);
     with_type(c_.x_type, [&](auto* type) {
-      for (int m = 0; m < c_.M; ++m) {
-        const auto* from = static_cast<decltype(type)>(c_.x) + m * c_.x_row;
-        float* to = packed + int64_t{m} * width_;
-        const int whole = pairs_ ? c_.in / 2 : c_.in;
-        for (int k = whole; k < width_; ++k) to[k] = 0.0f;
-        if (pairs_)
-          std::memcpy(to, from, c_.in * 2);
-        else
-          for (int k = 0; k < c_.in; ++k) to[k] = to_float(from[k]);
+      for (int m = 0; m < columns; ++m) {
+        const auto* from = static_cast<decltype(type)>(c_.x) + (first + m) * c_.x_row;
+        const int pass = m / kColumns * kColumns, C = std::min(kColumns, columns - pass);
+        float* to = packed + int64_t{first + pass} * width_ + (m - pass) * W;
+        for (int k = 0; k < width_ / W; ++k, to += C * W) S::store(to, m < rows ? vector_of(from, k) : S::zero());
       }
     });
   }
 
   void rows(const float* packed, int64_t begin, int64_t end) const {
-    if constexpr (S::pairs) {
-      if (pairs_) return all_rows<bfloat16, true>(packed, begin, end);
+    for (int first = 0; first < c_.M; first += kGroupRows) {
+      const float* x = packed + int64_t{first} * width_;
+      if constexpr (S::pairs) {
+        if (pairs_) {
+          all_rows<bfloat16, true>(x, first, begin, end);
+          continue;
+        }
+      }
+      with_type(c_.weight_type, [&](auto* type) {
+        all_rows<std::remove_const_t<std::remove_pointer_t<decltype(type)>>, false>(x, first, begin, end);
+      });
     }
-    with_type(c_.weight_type, [&](auto* type) {
-      all_rows<std::remove_const_t<std::remove_pointer_t<decltype(type)>>, false>(packed, begin, end);
-    });
   }
 
  private:
+  // Vector k of a row of x, 0 where the row has ended.
+  template <class T>
+  F vector_of(const T* x, int k) const {
+    const int step = pairs_ ? 2 * W : W;
+    T some[2 * W] = {};
+    std::memcpy(some, x + k * step, std::min(step, c_.in - k * step) * sizeof(T));
+    if constexpr (S::pairs && std::is_same<T, bfloat16>::value) {
+      if (pairs_) return S::load(reinterpret_cast<const float*>(some));
+    }
+    return S::widen(some);
+  }
+
+  // Rows of x are multiplied by ones, twos, fours or eights; what is missing is 0.
+  static int padded_columns(int rows) {
+    const int last = (rows - 1) % kColumns + 1;
+    return rows - last + (last > 4 ? 8 : last > 2 ? 4 : last);
+  }
+
   template <class T, bool pairs>
-  void all_rows(const float* packed, int64_t begin, int64_t end) const {
+  void all_rows(const float* packed, int first, int64_t begin, int64_t end) const {
     constexpr int step = pairs ? 2 * W : W;  // elements of the weight in one vector
-    const int passes = (c_.M + kColumns - 1) / kColumns, whole = c_.in / step;
-    const int depth = passes == 1 ? whole : std::min(whole, kBlockInputs / step);  // steps of a block
-    F sum[kBlockRows][kMostRows];
+    const int M = std::min(kGroupRows, c_.M - first), columns = padded_columns(M);
+    const int passes = (M + kColumns - 1) / kColumns, whole = c_.in / step;
+    const int depth = std::min(whole, std::max(1, kBlockVectors / columns));
+    const auto columns_of = [&](int pass) { return std::min(kColumns, columns - pass * kColumns); };
+    const auto x_of = [&](int pass, int at) {
+      return packed + int64_t{pass} * kColumns * width_ + at * columns_of(pass) * W;
+    };
+    F sum[kBlockRows][kGroupRows];
     for (int64_t row = begin; row < end; row += kBlockRows) {
       const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, end - row));
       const T* weight = static_cast<const T*>(c_.weight) + row * c_.weight_row;
       for (int r = 0; r < rows; ++r)
-        for (int m = 0; m < c_.M; ++m) sum[r][m] = S::zero();
+        for (int m = 0; m < columns; ++m) sum[r][m] = S::zero();
       for (int at = 0; at < whole; at += depth) {
-        const int steps = std::min(depth, whole - at);
-        // What is needed after this block: further along these rows, or the beginning of the rows behind them.
-        const T* ahead = passes == 1            ? weight + kRows * c_.weight_row
-                         : at + depth < whole ? weight + (at + depth) * step
-                                              : weight + kBlockRows * c_.weight_row;
-        for (int pass = 0; pass < passes; ++pass)
-          columns<T, pairs>({weight + at * step, ahead, packed + int64_t{pass} * kColumns * width_ + at * W, steps,
-                             passes, pass},
-                            rows, &sum[0][pass * kColumns], std::min(kColumns, c_.M - pass * kColumns));
+        // Needed next: further along these rows, or the beginning of the rows behind them.
+        const T* next = at + depth < whole ? weight + (at + depth) * step : weight + kBlockRows * c_.weight_row;
+        for (int r = 0; r < rows; r += kChunkRows)
+          for (int pass = 0; pass < passes; ++pass)
+            some_columns<T, pairs>(
+                {weight + r * c_.weight_row + at * step,
+                 r + kChunkRows < rows ? weight + (r + kChunkRows) * c_.weight_row + at * step : next,
+                 x_of(pass, at), std::min(depth, whole - at), passes, pass},
+                std::min(kChunkRows, rows - r), &sum[r][pass * kColumns], columns_of(pass));
       }
-      if (whole * step < c_.in) add_rest<T, pairs>(weight + whole * step, packed + whole * W, rows, sum);
-      for (int r = 0; r < rows; ++r)
-        for (int m = 0; m < c_.M; ++m) write(S::sum(sum[r][m]), m, row + r);
+      if (whole * step < c_.in)
+        for (int pass = 0; pass < passes; ++pass)
+          add_rest<T, pairs>(weight + whole * step, x_of(pass, whole), rows, columns_of(pass), &sum[0][pass * kColumns]);
+      for (int r = 0; r < rows; r += W)
+        for (int m = 0; m < M; ++m)
+          write_results<S>(c_, sums_of_lanes(&sum[r][m], std::min(W, rows - r)), row + r, std::min(W, rows - r),
+                           first + m);
     }
   }
 
@@ -90,10 +146,11 @@ class LinearKernel {
   };
 
   template <class T, bool pairs>
-  void columns(Pass<T> p, int rows, F* sum, int C) const {
+  void some_columns(Pass<T> p, int rows, F* sum, int C) const {
     switch (C) {
+      case 8:
+        if constexpr (kColumns == 8) return some_rows<T, pairs, 8>(p, rows, sum);
       case 4: return some_rows<T, pairs, 4>(p, rows, sum);
-      case 3: return some_rows<T, pairs, 3>(p, rows, sum);
       case 2: return some_rows<T, pairs, 2>(p, rows, sum);
       default: return some_rows<T, pairs, 1>(p, rows, sum);
     }
@@ -102,9 +159,10 @@ class LinearKernel {
   template <class T, bool pairs, int C>
   void some_rows(Pass<T> p, int rows, F* sum) const {
     const auto next = [&](int n) {
-      p.weight += n * c_.weight_row, p.ahead += n * c_.weight_row, sum += n * kMostRows, rows -= n;
+      p.weight += n * c_.weight_row, p.ahead += n * c_.weight_row, sum += n * kGroupRows, rows -= n;
     };
-    for (; rows >= kRows; next(kRows)) dot<T, pairs, kRows, C>(p, sum);
+    constexpr int R = C > 4 ? 2 : kChunkRows;  // as many as registers hold sums
+    for (; rows >= R; next(R)) dot<T, pairs, R, C>(p, sum);
     for (; rows > 0; next(1)) dot<T, pairs, 1, C>(p, sum);
   }
 
@@ -120,8 +178,8 @@ class LinearKernel {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) sum[r][c] = to[r * kMostRows + c];
-    for (; p.steps > 0; --p.steps, p.weight += step, p.ahead += step, p.x += W) {
+      for (int c = 0; c < C; ++c) sum[r][c] = to[r * kGroupRows + c];
+    for (; p.steps > 0; --p.steps, p.weight += step, p.ahead += step, p.x += C * W) {
       if (--until < 0) {
         until = every - 1;
 #pragma GCC unroll 16
@@ -133,17 +191,17 @@ class LinearKernel {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) to[r * kMostRows + c] = sum[r][c];
+      for (int c = 0; c < C; ++c) to[r * kGroupRows + c] = sum[r][c];
   }
 
   // The inputs that fill no whole vector.
   template <class T, bool pairs>
-  void add_rest(const T* weight, const float* x, int rows, F (*sum)[kMostRows]) const {
+  void add_rest(const T* weight, const float* x, int rows, int C, F* sum) const {
     constexpr int step = pairs ? 2 * W : W;
     for (int r = 0; r < rows; ++r) {
       T some[step] = {};
       std::memcpy(some, weight + r * c_.weight_row, c_.in % step * sizeof(T));
-      for (int m = 0; m < c_.M; ++m) multiply_add<pairs, 1>(vector<pairs>(some), x + int64_t{m} * width_, sum[r] + m);
+      for (int c = 0; c < C; ++c) multiply_add<pairs, 1>(vector<pairs>(some), x + c * W, sum + r * kGroupRows + c);
     }
   }
 
@@ -156,10 +214,10 @@ class LinearKernel {
   }
 
   template <bool pairs, int C>
-  void multiply_add(F w, const float* x, F* sum) const {
+  static void multiply_add(F w, const float* x, F* sum) {
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
-      const F factor = S::load(x + int64_t{c} * width_);
+      const F factor = S::load(x + c * W);
       if constexpr (pairs)
         sum[c] = S::dot2(w, factor, sum[c]);
       else
@@ -167,15 +225,17 @@ class LinearKernel {
     }
   }
 
-  void write(float value, int64_t m, int64_t row) const {
-    if (c_.scales != nullptr) value *= c_.scales[row];
-    with_type(c_.x_type, [&](auto* type) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-      if constexpr (sizeof(T) != 1) {
-        if (c_.bias != nullptr) value += to_float(static_cast<const T*>(c_.bias)[row]);
-        from_float(value, static_cast<T*>(c_.y) + m * c_.out + row);
-      }
-    });
+  // Lane r: the sum over the lanes of sum[r * kGroupRows], the rows of one column; 0 from `rows` on.
+  static F sums_of_lanes(const F* sum, int rows) {
+    F lanes[W];
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) lanes[r] = r < rows ? sum[r * kGroupRows] : S::zero();
+    S::transpose(lanes);
+#pragma GCC unroll 16
+    for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+      for (int i = 0; i < half; ++i) lanes[i] = S::add(lanes[i], lanes[i + half]);
+    return lanes[0];
   }
 
   const LinearCall& c_;

@@ -70,6 +70,21 @@ struct Avx2 {
     a = _mm256_shuffle_ps(low, high, 0x88);
     b = _mm256_shuffle_ps(low, high, 0xdd);
   }
+  // Eight values, rounded to the nearest, ties to even.
+  static void narrow(F a, float* to) { store(to, a); }
+  static void narrow(F a, float16* to) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(a, nearest));
+  }
+  static void narrow(F a, bfloat16* to) {
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    const __m256i results = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(results, results), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(halves));
+  }
   // Lanes hold pairs of bfloat16, the first in the lower half.
   static F first_of_pairs(F a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 16)); }
   static F second_of_pairs(F a) {

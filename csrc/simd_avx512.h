@@ -50,6 +50,24 @@ struct Avx512 {
   static F widen(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
+  // Sixteen values, rounded to the nearest, ties to even.
+  static void narrow(F a, float* to) { store(to, a); }
+  static void narrow(F a, float16* to) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(a, nearest));
+  }
+  static void narrow(F a, bfloat16* to) {
+    const __m512i bits = _mm512_srli_epi32(rounded(a), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    const __m512i results = _mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(results));
+  }
+  // To bfloat16 of numbers: the wanted bits are left in each lane's upper half.
+  static __m512i rounded(F x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  }
   // Lanes hold pairs of bfloat16, the first in the lower half.
   static F first_of_pairs(F a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 16)); }
   static F second_of_pairs(F a) {
@@ -139,11 +157,6 @@ struct Avx512Pairs : Avx512 {
     const __m512i index = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
                                            25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     return _mm512_castsi512_ps(_mm512_permutex2var_epi16(low, index, high));
-  }
-  static __m512i rounded(F x) {  // the wanted bits are left in each lane's upper half
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   }
 };
 

@@ -71,6 +71,10 @@ struct Generic {
     const F mixed[2] = {a, b};
     for (int i = 0; i < W; ++i) a.lane[i] = mixed[2 * i / W].lane[2 * i % W], b.lane[i] = mixed[2 * i / W].lane[2 * i % W + 1];
   }
+  template <class T>
+  static void narrow(F a, T* to) {
+    for (int i = 0; i < W; ++i) from_float(a.lane[i], to + i);
+  }
   // Lanes hold pairs of bfloat16, the first in the lower half.
   static F first_of_pairs(F a) {
     for (int i = 0; i < W; ++i) a.lane[i] = bits_to_float(float_to_bits(a.lane[i]) << 16);

@@ -8,7 +8,7 @@
 
 namespace anabranch {
 
-constexpr int kMostRows = 16;  // of x that pass over the weight together
+constexpr int kGroupRows = 16;  // of x: a group is packed by one task
 
 // Strides count elements; rows are contiguous.
 struct LinearCall {

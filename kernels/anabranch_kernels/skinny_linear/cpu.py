@@ -17,22 +17,27 @@ def fits(M: int, dtype: torch.dtype, isa: str = ISA) -> bool:
 
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, isa: str = ISA) -> Tensor:
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     M, width = rows.shape
     if not fits(M, weight.dtype, isa):
         if scales is not None:
             weight = (weight * scales[:, None]).to(x.dtype)
         return linear(x, weight, bias)
-    if rows.stride(1) != 1:
+    x_row, step = rows.stride()
+    if step != 1:
         rows = rows.contiguous()
-    if weight.stride(1) != 1:
+        x_row = width
+    weight_row, step = weight.stride()
+    if step != 1:
         weight = weight.contiguous()
+        weight_row = width
     scales = None if scales is None else scales.contiguous()
     bias = None if bias is None else bias.contiguous()
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    features = weight.shape[0]
+    out = x.new_empty(M, features) if x.ndim == 2 else x.new_empty(*x.shape[:-1], features)
     extension.skinny_linear(
-        rows.data_ptr(), TYPES[x.dtype], rows.stride(0), weight.data_ptr(), TYPES[weight.dtype], weight.stride(0),
+        rows.data_ptr(), TYPES[x.dtype], x_row, weight.data_ptr(), TYPES[weight.dtype], weight_row,
         0 if scales is None else scales.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        out.data_ptr(), M, width, weight.shape[0], isa, torch.get_num_threads(),
+        out.data_ptr(), M, width, features, isa, torch.get_num_threads(),
     )  # fmt: skip
     return out
