@@ -3,6 +3,7 @@
 
 #include "attention_kernel.h"
 #include "linear_kernel.h"
+#include "linear_tiles.h"
 
 namespace anabranch {
 
@@ -20,6 +21,16 @@ float read_all(const void* data, int64_t bytes) {
   return S::highest(S::max(S::max(highest[0], highest[1]), S::max(highest[2], highest[3])));
 }
 
+// Calls body with the kernel for this layer.
+template <class S, class Body>
+auto with_linear(const LinearCall& call, Body&& body) {
+  if constexpr (S::tiles) {
+    if (LinearTiles<S, bfloat16>::fits(call)) return body(LinearTiles<S, bfloat16>(call));
+    if (LinearTiles<S, int8_t>::fits(call)) return body(LinearTiles<S, int8_t>(call));
+  }
+  return body(LinearKernel<S>(call));
+}
+
 template <class S>
 constexpr Kernels kernels_of() {
   return {
@@ -32,10 +43,14 @@ constexpr Kernels kernels_of() {
       [](const AttentionCall& call, const AttentionItem& item, float* scratch, float* scores, int64_t stride) {
         AttentionKernel<S>(call, item, scratch).score(scores, stride);
       },
-      [](const LinearCall& call) { return LinearKernel<S>(call).packed_floats(); },
-      [](const LinearCall& call, float* packed, int group) { LinearKernel<S>(call).pack(packed, group); },
+      [](const LinearCall& call) {
+        return with_linear<S>(call, [](const auto& kernel) { return kernel.packed_floats(); });
+      },
+      [](const LinearCall& call, float* packed, int group) {
+        with_linear<S>(call, [&](const auto& kernel) { kernel.pack(packed, group); });
+      },
       [](const LinearCall& call, const float* packed, int64_t begin, int64_t end) {
-        LinearKernel<S>(call).rows(packed, begin, end);
+        with_linear<S>(call, [&](const auto& kernel) { kernel.rows(packed, begin, end); });
       },
       read_all<S>,
   };

@@ -48,6 +48,52 @@ struct Amx : Avx512Pairs<true> {
   static void tile_dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
   }
+  // Int32 c[16][16] += a[16][64] · b[64][16] of int8: rows of b are sixteen pieces of four along k.
+  template <int c, int a, int b>
+  static void tile_dot_bytes() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+  }
+
+  // The largest of n numbers of sixteen bits after their sign bits are cleared.
+  static uint16_t largest_bits(const uint16_t* p, int n) {
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    __m512i most = _mm512_setzero_si512();
+    for (; n >= 32; n -= 32, p += 32) most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_loadu_si512(p), magnitude));
+    const __m512i last = _mm512_maskz_loadu_epi16((1u << n) - 1, p);
+    most = _mm512_max_epu16(most, _mm512_and_si512(last, magnitude));
+    most = _mm512_max_epu16(most, _mm512_srli_epi32(most, 16));
+    return static_cast<uint16_t>(_mm512_reduce_max_epu32(_mm512_and_si512(most, _mm512_set1_epi32(0xffff))));
+  }
+  // Sixty-four numbers times `factor`, rounded to whole ones of at most 2^30, as four signed digits to base 256 of 64
+  // bytes each, the lowest first.
+  template <class X>
+  static void digits(const X* numbers, float factor, F* to) {
+    const __m512i half = _mm512_set1_epi32(0x808080);  // makes the lower three digits positive for a moment
+    __m512i whole[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      whole[i] = _mm512_cvtps_epi32(mul(widen(numbers + i * W), set1(factor)));
+      whole[i] = _mm512_xor_si512(_mm512_add_epi32(whole[i], half), half);
+    }
+#pragma GCC unroll 4
+    for (int digit = 0; digit < 4; ++digit) {
+      alignas(64) int8_t bytes[4 * W];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m128i sixteen = _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole[i], 8 * digit));
+        _mm_store_si128(reinterpret_cast<__m128i*>(bytes + i * W), sixteen);
+      }
+      to[digit] = load(reinterpret_cast<const float*>(bytes));
+    }
+  }
+  // The numbers of four vectors of int32 digits.
+  static F of_digits(const F* digit) {
+    F number = _mm512_cvtepi32_ps(_mm512_castps_si512(digit[3]));
+#pragma GCC unroll 4
+    for (int i = 2; i >= 0; --i)
+      number = fma(number, set1(256.0f), _mm512_cvtepi32_ps(_mm512_castps_si512(digit[i])));
+    return number;
+  }
 };
 
 }  // namespace

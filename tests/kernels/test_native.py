@@ -146,7 +146,8 @@ def run_at_the_edge():
                 for widths in ((16, 32), (33, 7), (1, 24)):
                     for cached, new, v_top_k in ((3, 1, None), (66, 1, None), (66, 40, None), (66, 5, 4)):
                         attend_at_the_edge(isa, dtype, kind, widths, cached, new, v_top_k)
-                for M, width, out in ((1, 64, 8), (1, 37, 5), (3, 15, 1), (16, 33, 7), (5, 1, 3)):
+                sizes = ((1, 64, 8), (1, 37, 5), (3, 15, 1), (16, 33, 7), (5, 1, 3), (3, 128, 32), (40, 70, 50))
+                for M, width, out in sizes:
                     multiply_at_the_edge(isa, dtype, kind, M, width, out)
 
 

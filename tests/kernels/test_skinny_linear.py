@@ -32,11 +32,12 @@ def layer(M, width, out, *, dtype=torch.float32, quantised=False, bias=True, see
     }
 
 
-def assert_right(got, x, weight, bias, scales):
+def assert_right(got, x, weight, bias, scales, lost=0.0):
     """Within what rounding allows of float64: sums in float32 in any order, then one rounding to the dtype of x.
 
     `in` products and the bias are summed: at most (in + 2) * 2**-24 of the sum of magnitudes, scale included. Many rows
-    may go to torch with an int8 weight first rounded to the dtype of x, which moves each product by eps / 2.
+    may go to torch with an int8 weight first rounded to the dtype of x, which moves each product by eps / 2. `lost` is
+    what may be missing of each x, relative to the largest of its row.
     """
     assert got.dtype == x.dtype
     assert got.shape == (*x.shape[:-1], weight.shape[0])
@@ -52,6 +53,7 @@ def assert_right(got, x, weight, bias, scales):
         bound += half * magnitude
     if x.dtype == torch.float16:
         bound += 2.0**-25  # half a step of its subnormals
+    bound += lost * np.abs(X).max(axis=-1, keepdims=True, initial=0) * np.abs(weights).sum(axis=1)
     difference = np.abs(got.double().numpy() - wanted)
     assert (difference <= bound).all(), (difference - bound).max()
 
@@ -101,6 +103,39 @@ def test_a_row_does_not_depend_on_how_many_there_are(isa, dtype, quantised):
         for first in (0, 16 - M):
             some = {**call, "x": call["x"][first : first + M]}
             assert torch.equal(cpu.skinny_linear(*some.values(), isa=isa), together[first : first + M])
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="only tiles take more than 16 rows before torch does")
+@pytest.mark.parametrize("quantised", [False, True])
+def test_with_tiles_this_holds_for_many_rows(quantised):
+    """17, 33 and 65 rows are the first ones with a second, a third and a fifth tile of x."""
+    call = layer(83, 133, 500, dtype=torch.bfloat16, quantised=quantised)
+    together = cpu.skinny_linear(*call.values(), isa="amx")
+    for M in (1, 4, 5, 16, 17, 32, 33, 64, 65, 82):
+        some = {**call, "x": call["x"][:M]}
+        assert torch.equal(cpu.skinny_linear(*some.values(), isa="amx"), together[:M])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_small_numbers_beside_large_ones_count_with_an_int8_weight(isa, dtype):
+    """Tiles see numbers to 2^-30 of the largest in their row, whatever that is; here it meets a weight of 0."""
+    call = layer(12, 200, 40, dtype=dtype, quantised=True, bias=False)
+    call["x"] *= 2.0**-12
+    call["x"][:, 7], call["weight"][:, 7] = 2.0 ** torch.arange(4, 16).to(dtype), 0
+    call["x"] *= 2.0 ** torch.arange(-60, 60, 10)[:, None] if dtype == torch.bfloat16 else 1
+    call["x"][3] = 0
+    assert_right(cpu.skinny_linear(*call.values(), isa=isa), **call, lost=2.0**-30)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("width", [2**17 - 1, 2**17])
+def test_sums_of_the_largest_bytes_do_not_overflow(isa, width):
+    """1 + 2^-6 as digits holds a -128, and -128 is the int8 of largest magnitude: 2^14 times fewer than 2^17."""
+    x = torch.full((1, width), 1 + 2.0**-6, dtype=torch.bfloat16)
+    weight, scales = torch.full((2, width), -128, dtype=torch.int8), torch.full((2,), 2.0**-24)
+    out = cpu.skinny_linear(x, weight, None, scales, isa=isa)
+    assert out.tolist() == [[torch.tensor(-(1 + 2.0**-6) * width * 2.0**-17).bfloat16().item()] * 2]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -176,6 +211,20 @@ def test_what_is_no_number_shows_in_its_row_and_in_no_other(isa, bad, dtype):
     assert not out[4].isfinite().any()
     assert torch.equal(out[4].isnan(), torch.full((9,), bad != bad))
     assert out[[0, 1, 2, 3, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_with_an_int8_weight_too(isa, bad, dtype):
+    """As tiles see x, infinity is no number: its row may be NaN instead."""
+    call = layer(6, 37, 9, dtype=dtype, quantised=True)
+    wanted = cpu.skinny_linear(*call.values(), isa=isa)
+    call["x"][4, 20] = bad
+    out = cpu.skinny_linear(*call.values(), isa=isa)
+    assert not out[4].isfinite().any()
+    others = [0, 1, 2, 3, 5]
+    assert torch.equal(out[others], wanted[others])
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -27,6 +27,9 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scal
     scales   [out]       float32, one for each row of an int8 weight: value = int8 * scale
     returns  [..., out]  dtype of x; sums are kept in float32
 
+    On CPUs with AMX an int8 weight meets x as whole numbers: of each x at most 2^-30 of the largest in its row is lost,
+    and a row with infinity or NaN gives NaN.
+
     Raises ValueError for shapes or dtypes that do not fit. Matrices that share an input (q, k, v; gate, up) are one
     call when their weights are stored as one.
     """
