@@ -3,8 +3,9 @@
     admit -> Job.start (worker threads) -> engine thread: step, step, ... -> one call into the loop -> `async for`
 
 Everything that waits for the interpreter costs the model time, so the two threads meet as rarely as they can: all
-outputs of a step reach the loop in one call, and no second call is made while one is under way. A reader that falls
-behind finds what has come in the meantime as one output: what is kept for it is never more than its own request's text.
+outputs of a step reach the loop in one call, steps shorter than 10 ms share one, and no second call is made while one
+is under way. A reader that falls behind finds what has come in the meantime as one output: what is kept for it is never
+more than its own request's text.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ from anabranch.serve.traffic import Traffic
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-GATHER_S = 0.004  # between two deliveries: nobody can tell steps apart that are shorter
+GATHER_S = 0.01  # between two deliveries, unless a sample begins or ends: no reader can tell shorter steps apart
 WORKERS = 4  # threads that tokenize and queue, so that one long text does not hold up the short ones
 SICK_AFTER = 3  # steps in a row that the model may fail before the engine counts as broken
 
@@ -162,7 +163,7 @@ class AsyncEngine:
         self._numbers = count()
         self._routes: dict[str, tuple[Job, int]] = {}
         self._arrived: deque[list[RequestOutput]] = deque()
-        self._announced = False  # the loop has been asked to fetch what has arrived
+        self._announced = 0  # 1: the loop has been asked to fetch what has arrived; 2: at once
         self._delivered_s = 0.0
         self._work = threading.Event()
         self._stopping = False
@@ -261,17 +262,23 @@ class AsyncEngine:
         engine, traffic, stats = self.engine, self.traffic, self.engine.stats
         before = time.perf_counter()
         while engine.has_unfinished() and not self._stopping:
-            later_tokens = stats.sampled_tokens - stats.first_tokens
+            first, all_tokens = stats.first_tokens, stats.sampled_tokens
             outputs = engine.step()
             now = time.perf_counter()
+            first = stats.first_tokens - first
             traffic.busy_s += now - before
-            traffic.between_s.add(now - before, stats.sampled_tokens - stats.first_tokens - later_tokens)
+            traffic.between_s.add(now - before, stats.sampled_tokens - all_tokens - first)
             before = now
             if outputs:
                 self._arrived.append(outputs)
-                if not self._announced:
-                    self._announced = True
-                    self.loop.call_soon_threadsafe(self._deliver_soon)
+                self._announce(urgent=first > 0 or any(output.finished for output in outputs))
+
+    def _announce(self, *, urgent: bool) -> None:
+        """Have the loop fetch what has arrived, unless it has been asked already."""
+        urgency = 2 if urgent else 1
+        if urgency > self._announced:
+            self._announced = urgency
+            self.loop.call_soon_threadsafe(self._deliver if urgent else self._deliver_soon)
 
     def _deliver_soon(self) -> None:
         wait_s = self._delivered_s + GATHER_S - self.loop.time()
@@ -281,8 +288,10 @@ class AsyncEngine:
             self._deliver()
 
     def _deliver(self) -> None:
+        self._announced = 0  # before looking: what arrives from now on is announced again
+        if not self._arrived:  # something urgent was faster
+            return
         self._delivered_s = self.loop.time()
-        self._announced = False  # before looking: what arrives from now on is announced again
         while self._arrived:
             for output in self._arrived.popleft():
                 route = self._routes.get(output.request_id)
