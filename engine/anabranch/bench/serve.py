@@ -209,7 +209,8 @@ def _offline(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams) -> 
 
 
 def _body(prompt: list[int], tokens: int) -> dict[str, Any]:
-    return {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    # Without a tokenizer tokens have no text: a stream shows their ids, or nothing until its end.
+    return {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 
 
 def _row(case: str, contender: str, loads: Sequence[Load], gap: float | None) -> Row:
