@@ -78,6 +78,7 @@ bench: $(READY)
 	$(BIN)/anabranch bench attention --json $(RESULTS)/attention.json --markdown $(RESULTS)/attention.md --plot $(RESULTS)/attention.png
 	$(BIN)/anabranch bench linear --json $(RESULTS)/linear.json --markdown $(RESULTS)/linear.md
 	$(BIN)/anabranch bench engine --json $(RESULTS)/engine.json --markdown $(RESULTS)/engine.md
+	$(BIN)/anabranch bench serve --repeats 3 --json $(RESULTS)/serve.json --markdown $(RESULTS)/serve.md
 
 clean:
 	rm -rf .venv build dist engine/*.egg-info *.egg-info kernels/anabranch_kernels/*.so
