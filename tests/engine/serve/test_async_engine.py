@@ -79,6 +79,22 @@ def test_a_reader_that_falls_behind_finds_one_output(drive, model, naive_greedy)
     drive(test)
 
 
+def test_beginnings_and_ends_do_not_wait_for_others(drive, model, naive_greedy, monkeypatch):
+    monkeypatch.setattr("anabranch.serve.async_engine.GATHER_S", 3600.0)
+
+    async def test(engine):
+        for _ in range(2):  # the second comes right after a delivery
+            job = engine.admit(1)
+            await job.start([PROMPT], LONG, stream=True)
+            parts = [output async for outputs in job for _, output in outputs]
+            assert len(parts) <= 2  # the first token, and all others with the last
+            found = [token for part in parts for token in part.outputs[0].token_ids]
+            assert found == naive_greedy(model, PROMPT.ids, 40)
+            job.close()
+
+    drive(test)
+
+
 def test_places_are_counted_and_given_back(drive):
     async def test(engine):
         with pytest.raises(ValueError, match="asks for 11 samples"):
