@@ -7,18 +7,26 @@
 
 namespace anabranch {
 
-// The highest float in memory: a read sweep whose result depends on every byte, for the roof of bandwidth.
+// The highest float in memory: a read sweep whose result depends on every byte, for the roof of bandwidth. Eight streams
+// beside each other, as they were the fastest of one to sixteen.
 template <class S>
 float read_all(const void* data, int64_t bytes) {
+  constexpr int streams = 8;
   const float* floats = static_cast<const float*>(data);
-  typename S::F highest[4] = {S::zero(), S::zero(), S::zero(), S::zero()};
-  for (int64_t i = 0; i + 4 * S::W <= bytes / 4; i += 4 * S::W)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      S::prefetch(reinterpret_cast<const char*>(floats + i + j * S::W) + 4096);
-      highest[j] = S::max(highest[j], S::load(floats + i + j * S::W));
+  const int64_t length = bytes / 4 / streams / S::W * S::W;
+  typename S::F highest[streams];
+#pragma GCC unroll 8
+  for (int j = 0; j < streams; ++j) highest[j] = S::zero();
+  for (int64_t i = 0; i < length; i += S::W)
+#pragma GCC unroll 8
+    for (int j = 0; j < streams; ++j) {
+      S::prefetch(reinterpret_cast<const char*>(floats + j * length + i) + 512);
+      highest[j] = S::max(highest[j], S::load(floats + j * length + i));
     }
-  return S::highest(S::max(S::max(highest[0], highest[1]), S::max(highest[2], highest[3])));
+  float result = 0.0f;
+  for (int j = 0; j < streams; ++j) result = std::max(result, S::highest(highest[j]));
+  for (int64_t i = streams * length; i < bytes / 4; ++i) result = std::max(result, floats[i]);
+  return result;
 }
 
 // Calls body with the kernel for this layer.

@@ -1,9 +1,10 @@
 // Rows of a skinny linear layer, for any instruction set S (simd_*.h).
 //
-// x is converted once and padded with zeros to whole vectors. Four rows of the weight stream beside each other and meet
-// up to eight rows of x at a time, so that each weight vector is loaded and widened once for all of them; more rows pass
-// again while the four are in the first cache. The work goes block by block along the inputs, as much of x at a time as
-// that cache holds beside the weight. Where S multiplies pairs of bfloat16, bfloat16 weights are used as they lie.
+// x is converted once and padded with zeros to whole vectors. Eight or four rows of the weight stream beside each other
+// and meet up to eight rows of x at a time, so that each weight vector is loaded and widened once for all of them;
+// more rows pass again while those of the weight are in the first cache. The work goes block by block along the inputs,
+// as much of x at a time as that cache holds beside the weight. Where S multiplies pairs of bfloat16, bfloat16 weights
+// are used as they lie.
 #pragma once
 
 #include <algorithm>
@@ -41,9 +42,9 @@ template <class S>
 class LinearKernel {
   using F = typename S::F;
   static constexpr int W = S::W;
-  static constexpr int kColumns = W == 16 ? 8 : 4;     // rows of x at a time, most
-  static constexpr int kChunkRows = 4;                 // rows of the weight that stream beside each other
-  static constexpr int kBlockRows = 16;                // whose sums are kept
+  static constexpr int kColumns = W == 16 ? 8 : 4;         // rows of x at a time, most
+  static constexpr int kBlockRows = 16;                    // whose sums are kept
+  static constexpr int kNear = 512;                        // bytes from a line to the one to prefetch
   static constexpr int kBlockVectors = 16 * 1024 / 4 / W;  // of x in a block: a third of the first cache
 
  public:
@@ -94,6 +95,9 @@ class LinearKernel {
     return S::widen(some);
   }
 
+  // Rows of the weight that are read beside each other. Eight streams are the fastest where registers hold their sums.
+  static constexpr int streams(int columns) { return W == 16 && columns <= 2 ? 8 : 4; }
+
   // Rows of x are multiplied by ones, twos, fours or eights; what is missing is 0.
   static int padded_columns(int rows) {
     const int last = (rows - 1) % kColumns + 1;
@@ -106,6 +110,7 @@ class LinearKernel {
     const int M = std::min(kGroupRows, c_.M - first), columns = padded_columns(M);
     const int passes = (M + kColumns - 1) / kColumns, whole = c_.in / step;
     const int depth = std::min(whole, std::max(1, kBlockVectors / columns));
+    const int chunk = streams(columns);
     const auto columns_of = [&](int pass) { return std::min(kColumns, columns - pass * kColumns); };
     const auto x_of = [&](int pass, int at) {
       return packed + int64_t{pass} * kColumns * width_ + at * columns_of(pass) * W;
@@ -119,13 +124,15 @@ class LinearKernel {
       for (int at = 0; at < whole; at += depth) {
         // Needed next: further along these rows, or the beginning of the rows behind them.
         const T* next = at + depth < whole ? weight + (at + depth) * step : weight + kBlockRows * c_.weight_row;
-        for (int r = 0; r < rows; r += kChunkRows)
+        for (int r = 0; r < rows; r += chunk) {
+          const T* from = weight + r * c_.weight_row + at * step;
+          const T* ahead = chunk == 8          ? from + kNear / sizeof(T)
+                           : r + chunk < rows ? from + chunk * c_.weight_row
+                                              : next;
           for (int pass = 0; pass < passes; ++pass)
-            some_columns<T, pairs>(
-                {weight + r * c_.weight_row + at * step,
-                 r + kChunkRows < rows ? weight + (r + kChunkRows) * c_.weight_row + at * step : next,
-                 x_of(pass, at), std::min(depth, whole - at), passes, pass},
-                std::min(kChunkRows, rows - r), &sum[r][pass * kColumns], columns_of(pass));
+            some_columns<T, pairs>({from, ahead, x_of(pass, at), std::min(depth, whole - at), passes, pass},
+                                   std::min(chunk, rows - r), &sum[r][pass * kColumns], columns_of(pass));
+        }
       }
       if (whole * step < c_.in)
         for (int pass = 0; pass < passes; ++pass)
@@ -161,7 +168,7 @@ class LinearKernel {
     const auto next = [&](int n) {
       p.weight += n * c_.weight_row, p.ahead += n * c_.weight_row, sum += n * kGroupRows, rows -= n;
     };
-    constexpr int R = C > 4 ? 2 : kChunkRows;  // as many as registers hold sums
+    constexpr int R = C > 4 ? 2 : streams(C);  // as many as registers hold sums
     for (; rows >= R; next(R)) dot<T, pairs, R, C>(p, sum);
     for (; rows > 0; next(1)) dot<T, pairs, 1, C>(p, sum);
   }
