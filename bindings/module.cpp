@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "geometric_median.h"
 #include "isa.h"
 #include "paged_attention.h"
 #include "parallel.h"
@@ -85,6 +86,24 @@ void linear(uintptr_t x, int x_type, int64_t x_row, uintptr_t weight, int weight
   skinny_linear(c, chosen, threads);
 }
 
+void gram(const Rows3& points, const std::array<int64_t, 2>& centre, uintptr_t to, int B, int N, int64_t D,
+          const std::string& isa, int threads) {
+  const GramCall c{pointer<void>(points[0]), static_cast<Type>(points[1]), points[2], points[3],
+                   pointer<void>(centre[0]), centre[1], pointer<double>(to), B, N, D};
+  const Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  centred_gram(c, chosen, threads);
+}
+
+void sum_of_rows(const Rows3& points, uintptr_t coefficients, const std::array<int64_t, 2>& centre, uintptr_t out,
+                 int B, int N, int64_t D, const std::string& isa, int threads) {
+  const CombineCall c{pointer<void>(points[0]), static_cast<Type>(points[1]), points[2], points[3],
+                      pointer<double>(coefficients), pointer<void>(centre[0]), centre[1], pointer<void>(out), B, N, D};
+  const Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  combine(c, chosen, threads);
+}
+
 float read_memory(uintptr_t data, int64_t bytes, const std::string& isa, int threads) {
   const Kernels& kernels = kernels_for(isa_of(isa));
   py::gil_scoped_release release;
@@ -109,5 +128,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("paged_attention", &attend);
   m.def("store_kv", &store);
   m.def("skinny_linear", &linear);
+  m.def("centred_gram", &gram);
+  m.def("combine", &sum_of_rows);
   m.def("read_memory", &read_memory);
 }

@@ -19,6 +19,9 @@ bool is_supported(Isa isa);
 struct AttentionCall;
 struct AttentionItem;
 struct LinearCall;
+struct GramCall;
+struct CombineCall;
+struct Addend;
 
 // One row of function pointers for each instruction set. Scratch memory comes from the caller, 64-byte aligned.
 struct Kernels {
@@ -28,6 +31,10 @@ struct Kernels {
   int64_t (*linear_packed_floats)(const LinearCall&);
   void (*linear_pack)(const LinearCall&, float* packed, int group);
   void (*linear_rows)(const LinearCall&, const float* packed, int64_t row_begin, int64_t row_end);
+  int64_t (*gram_scratch_floats)(const GramCall&);
+  void (*gram)(const GramCall&, int b, int64_t begin, int64_t end, float* scratch, double* sums);
+  int64_t (*combine_scratch_floats)();
+  void (*combine)(const CombineCall&, int b, const Addend*, int addends, int64_t begin, int64_t end, float* scratch);
   float (*read)(const void* data, int64_t bytes);
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_kernel.h"
+#include "gram_kernel.h"
 #include "linear_kernel.h"
 #include "linear_tiles.h"
 
@@ -59,6 +60,14 @@ constexpr Kernels kernels_of() {
       },
       [](const LinearCall& call, const float* packed, int64_t begin, int64_t end) {
         with_linear<S>(call, [&](const auto& kernel) { kernel.rows(packed, begin, end); });
+      },
+      [](const GramCall& call) { return GramKernel<S>(call).scratch_floats(); },
+      [](const GramCall& call, int b, int64_t begin, int64_t end, float* scratch, double* sums) {
+        GramKernel<S>(call).add(b, begin, end, scratch, sums);
+      },
+      [] { return CombineKernel<S>::scratch_floats(); },
+      [](const CombineCall& call, int b, const Addend* addends, int count, int64_t begin, int64_t end, float* scratch) {
+        CombineKernel<S>(call).add(b, addends, count, begin, end, scratch);
       },
       read_all<S>,
   };

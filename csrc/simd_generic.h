@@ -55,6 +55,7 @@ struct Generic {
     for (int i = 1; i < W; ++i) m = a.lane[i] > m ? a.lane[i] : m;
     return m;
   }
+  static void sums(F a, F b, F c, F d, float* to) { to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d); }
   template <class T>
   static F widen(const T* p) {
     F r;

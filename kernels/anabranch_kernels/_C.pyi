@@ -49,4 +49,25 @@ def skinny_linear(
     isa: str,
     threads: int,
 ) -> None: ...
+def centred_gram(
+    points: tuple[int, ...],
+    centre: tuple[int, int],
+    gram: int,
+    B: int,
+    N: int,
+    D: int,
+    isa: str,
+    threads: int,
+) -> None: ...
+def combine(
+    points: tuple[int, ...],
+    coefficients: int,
+    centre: tuple[int, int],
+    out: int,
+    B: int,
+    N: int,
+    D: int,
+    isa: str,
+    threads: int,
+) -> None: ...
 def read_memory(data: int, bytes: int, isa: str, threads: int) -> float: ...
