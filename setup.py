@@ -73,7 +73,7 @@ setup(
     package_dir={"anabranch": "engine/anabranch", "anabranch_kernels": "kernels/anabranch_kernels"},
     packages=find_packages("engine") + find_packages("kernels"),
     package_data={
-        "anabranch": ["py.typed", "assets/*/*"],
+        "anabranch": ["py.typed", "assets/*/*", "serve/http/*.html"],
         "anabranch_kernels": ["py.typed", "_C.pyi", "_cuda.pyi"],
     },
     ext_modules=extensions,
