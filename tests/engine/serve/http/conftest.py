@@ -73,6 +73,7 @@ class Running:
         self.client.close()
         self.server.should_exit = self.server.force_exit = True
         self.thread.join(60)
+        self.engine.halt()  # force_exit leaves out the end of the lifespan
         assert not self.thread.is_alive()
 
     def until(self, holds, limit_s=60):
