@@ -9,11 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anabranch.serve.generate_command import SHIPPED
+
 if TYPE_CHECKING:
     from anabranch.serve.http.settings import ServerSettings
     from anabranch.serve.llm import LLM
 
-SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "pystdlib-diffqkv"
 NEEDED = ("fastapi", "uvicorn", "orjson", "prometheus_client")
 EXAMPLES = """examples:
   anabranch serve                                      the small model in the package, at http://127.0.0.1:8000
