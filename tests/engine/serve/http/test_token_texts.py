@@ -49,7 +49,7 @@ def test_the_bytes_of_tokens_are_the_bytes_of_the_text(make):
     def check(text):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         whole = b"".join(texts.bytes_of(token) for token in ids)
-        assert whole.removeprefix(b" ") == text.encode().removeprefix(b" ")
+        assert whole in (text.encode(), b" " + text.encode())  # Llama 2's words begin with a space, also the first
 
     check()
 
