@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "coordinate_rules.h"
 #include "geometric_median.h"
 #include "isa.h"
 #include "paged_attention.h"
@@ -104,6 +105,15 @@ void sum_of_rows(const Rows3& points, uintptr_t coefficients, const std::array<i
   combine(c, chosen, threads);
 }
 
+bool coordinates(const Rows3& points, uintptr_t out, int rule, int f, int B, int N, int64_t D, const std::string& isa,
+                 int threads) {
+  const CoordinateCall c{pointer<void>(points[0]), static_cast<Type>(points[1]), points[2], points[3],
+                         pointer<void>(out), static_cast<Rule>(rule), f, B, N, D};
+  const Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  return coordinate_rule(c, chosen, threads);
+}
+
 float read_memory(uintptr_t data, int64_t bytes, const std::string& isa, int threads) {
   const Kernels& kernels = kernels_for(isa_of(isa));
   py::gil_scoped_release release;
@@ -130,5 +140,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("skinny_linear", &linear);
   m.def("centred_gram", &gram);
   m.def("combine", &sum_of_rows);
+  m.def("coordinate_rule", &coordinates);
   m.def("read_memory", &read_memory);
 }

@@ -22,6 +22,9 @@ struct LinearCall;
 struct GramCall;
 struct CombineCall;
 struct Addend;
+struct CoordinateCall;
+struct CoordinatePlan;
+struct Exchange;
 
 // One row of function pointers for each instruction set. Scratch memory comes from the caller, 64-byte aligned.
 struct Kernels {
@@ -35,6 +38,9 @@ struct Kernels {
   void (*gram)(const GramCall&, int b, int64_t begin, int64_t end, float* scratch, double* sums);
   int64_t (*combine_scratch_floats)();
   void (*combine)(const CombineCall&, int b, const Addend*, int addends, int64_t begin, int64_t end, float* scratch);
+  CoordinatePlan (*coordinate_plan)(const CoordinateCall&);  // this and the next up to AVX-512; null above
+  bool (*coordinates)(const CoordinateCall&, int b, int64_t begin, int64_t end, const Exchange*, int64_t exchanges,
+                      float* scratch);
   float (*read)(const void* data, int64_t bytes);
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_kernel.h"
+#include "coordinate_kernel.h"
 #include "gram_kernel.h"
 #include "linear_kernel.h"
 #include "linear_tiles.h"
@@ -40,6 +41,22 @@ auto with_linear(const LinearCall& call, Body&& body) {
   return body(LinearKernel<S>(call));
 }
 
+// Null where a kernel has nothing to gain from what the instruction set adds to AVX-512, which is products.
+template <class S>
+constexpr decltype(Kernels::coordinate_plan) coordinate_plan_of() {
+  if constexpr (S::pairs) return nullptr;
+  else return [](const CoordinateCall& call) { return CoordinateKernel<S>(call).plan(); };
+}
+
+template <class S>
+constexpr decltype(Kernels::coordinates) coordinates_of() {
+  if constexpr (S::pairs) return nullptr;
+  else return [](const CoordinateCall& call, int b, int64_t begin, int64_t end, const Exchange* exchanges,
+                 int64_t count, float* scratch) {
+    return CoordinateKernel<S>(call).run(b, begin, end, exchanges, count, scratch);
+  };
+}
+
 template <class S>
 constexpr Kernels kernels_of() {
   return {
@@ -69,6 +86,8 @@ constexpr Kernels kernels_of() {
       [](const CombineCall& call, int b, const Addend* addends, int count, int64_t begin, int64_t end, float* scratch) {
         CombineKernel<S>(call).add(b, addends, count, begin, end, scratch);
       },
+      coordinate_plan_of<S>(),
+      coordinates_of<S>(),
       read_all<S>,
   };
 }

@@ -9,7 +9,7 @@ namespace anabranch {
 namespace {  // internal linkage: no other file may end up with this one's instructions
 
 struct Avx2 {
-  static constexpr int W = 8;
+  static constexpr int W = 8, registers = 16;
   static constexpr bool pairs = false, tiles = false;
   using F = __m256;
 
@@ -21,6 +21,25 @@ struct Avx2 {
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  // x where a > b, elsewhere y.
+  static F where_greater(F a, F b, F x, F y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+  // Not 0 if there is a NaN in a or b.
+  static int nans(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)); }
+  // Sums in float64, lane by lane, and their mean.
+  struct Sum {
+    __m256d low, high;
+  };
+  static Sum no_sum() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+  static void add_to(Sum& sum, F a) {
+    sum.low = _mm256_add_pd(sum.low, _mm256_cvtps_pd(_mm256_castps256_ps128(a)));
+    sum.high = _mm256_add_pd(sum.high, _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
+  }
+  static F mean(const Sum& sum, double count) {
+    const __m256d divisor = _mm256_set1_pd(count);
+    const __m128 low = _mm256_cvtpd_ps(_mm256_div_pd(sum.low, divisor));
+    return _mm256_set_m128(_mm256_cvtpd_ps(_mm256_div_pd(sum.high, divisor)), low);
+  }
 
   // 2^x with relative error below 2e-7; exactly 0 below -126, so that masked scores (-inf) vanish.
   static F exp2(F x) {

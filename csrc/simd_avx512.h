@@ -10,7 +10,7 @@ namespace anabranch {
 namespace {  // internal linkage: no other file may end up with this one's instructions
 
 struct Avx512 {
-  static constexpr int W = 16;
+  static constexpr int W = 16, registers = 32;
   static constexpr bool pairs = false, tiles = false;
   using F = __m512;
 
@@ -22,6 +22,27 @@ struct Avx512 {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  // x where a > b, elsewhere y.
+  static F where_greater(F a, F b, F x, F y) {
+    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), x);
+  }
+  // Not 0 if there is a NaN in a or b.
+  static int nans(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
+  // Sums in float64, lane by lane, and their mean.
+  struct Sum {
+    __m512d low, high;
+  };
+  static Sum no_sum() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+  static void add_to(Sum& sum, F a) {
+    sum.low = _mm512_add_pd(sum.low, _mm512_cvtps_pd(_mm512_castps512_ps256(a)));
+    sum.high = _mm512_add_pd(sum.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
+  }
+  static F mean(const Sum& sum, double count) {
+    const __m512d divisor = _mm512_set1_pd(count);
+    const __m256 low = _mm512_cvtpd_ps(_mm512_div_pd(sum.low, divisor));
+    return _mm512_insertf32x8(_mm512_castps256_ps512(low), _mm512_cvtpd_ps(_mm512_div_pd(sum.high, divisor)), 1);
+  }
 
   // 2^x with relative error below 2e-7; exactly 0 for -inf, so that masked scores vanish.
   static F exp2(F x) {

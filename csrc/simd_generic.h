@@ -9,7 +9,7 @@ namespace anabranch {
 namespace {  // internal linkage: no other file may end up with this one's instructions
 
 struct Generic {
-  static constexpr int W = 8;
+  static constexpr int W = 8, registers = 4;
   static constexpr bool pairs = false, tiles = false;
   struct F {
     float lane[W];
@@ -42,6 +42,34 @@ struct Generic {
   static F max(F a, F b) {
     for (int i = 0; i < W; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
     return a;
+  }
+  static F min(F a, F b) {
+    for (int i = 0; i < W; ++i) a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+  }
+  // x where a > b, elsewhere y.
+  static F where_greater(F a, F b, F x, F y) {
+    for (int i = 0; i < W; ++i) y.lane[i] = a.lane[i] > b.lane[i] ? x.lane[i] : y.lane[i];
+    return y;
+  }
+  // Not 0 if there is a NaN in a or b.
+  static int nans(F a, F b) {
+    int found = 0;
+    for (int i = 0; i < W; ++i) found |= (a.lane[i] != a.lane[i]) | (b.lane[i] != b.lane[i]);
+    return found;
+  }
+  // Sums in float64, lane by lane, and their mean.
+  struct Sum {
+    double lane[W];
+  };
+  static Sum no_sum() { return {}; }
+  static void add_to(Sum& sum, F a) {
+    for (int i = 0; i < W; ++i) sum.lane[i] += a.lane[i];
+  }
+  static F mean(const Sum& sum, double count) {
+    F r;
+    for (int i = 0; i < W; ++i) r.lane[i] = static_cast<float>(sum.lane[i] / count);
+    return r;
   }
   static F exp2(F a) {
     for (int i = 0; i < W; ++i) a.lane[i] = std::exp2(a.lane[i]);

@@ -70,4 +70,15 @@ def combine(
     isa: str,
     threads: int,
 ) -> None: ...
+def coordinate_rule(
+    points: tuple[int, ...],
+    out: int,
+    rule: int,
+    f: int,
+    B: int,
+    N: int,
+    D: int,
+    isa: str,
+    threads: int,
+) -> bool: ...
 def read_memory(data: int, bytes: int, isa: str, threads: int) -> float: ...

@@ -36,8 +36,10 @@ FIXED: dict[str, str | None] = {
     **dict.fromkeys(("partial", "partial_lse", "lse", "scores", "shares", "delta"), "*fp32"),
     **dict.fromkeys(("window", "longest", "shortest", "T", "S", "B", "P", "max_pages", "first_row", "kept"), "i32"),
     "scale": "fp32",
+    "found_nan": "*i32",
+    "D": "i64",
 }
-STRIDE = re.compile(r"(q|k|v|g|table|score)_(batch|token|head|page|slot|row)")
+STRIDE = re.compile(r"(q|k|v|g|table|score|points)_(batch|token|head|page|slot|row)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +135,7 @@ def cases() -> Iterator[Case]:
     """Every shipped configuration, from the plans that the launchers make."""
     yield from _paged_cases()
     yield from _dense_cases()
+    yield from _coordinate_cases()
 
 
 def _paged_cases() -> Iterator[Case]:
@@ -194,6 +197,24 @@ def _dense_cases() -> Iterator[Case]:
                 plan=gpu.plan(kernel, *shape, dtype, causal=True),
                 types=types,
             )
+
+
+def _coordinate_cases() -> Iterator[Case]:
+    from .coordinate_rules import gpu
+    from .coordinate_rules.reference import Rule
+
+    kinds = [(rule, 9, F32) for rule in Rule]
+    kinds += [(Rule.MEDIAN, 32, BF16), (Rule.PHOCAS, 32, F16)]
+    kinds += [(rule, gpu.MOST_ROWS, F32) for rule in (Rule.MEDIAN, Rule.PHOCAS)]  # ten seconds each to compile
+    for rule, N, dtype in kinds:
+        f = 0 if rule in (Rule.MEDIAN, Rule.SIGN_MAJORITY) else N // 4
+        yield Case(
+            name=f"{rule.name.lower().replace('_', ' ')} N={N} f={f} {_name(dtype)}",
+            module="anabranch_kernels.coordinate_rules.gpu",
+            kernel="sorting_kernel",
+            plan=gpu.plan(rule, f, N, dtype),
+            types=dict.fromkeys(("points", "out"), POINTERS[dtype]),
+        )
 
 
 def kind_of(argument: str, case: Case) -> str | None:

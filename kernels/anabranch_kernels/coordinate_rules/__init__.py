@@ -1,0 +1,1 @@
+"""Robust rules that work coordinate by coordinate: median, trimmed mean and means around them, in one read."""
