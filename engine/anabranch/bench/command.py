@@ -1,6 +1,7 @@
-"""`anabranch bench attention|linear|engine|serve`: measure, print the table, write what was asked for."""
+"""`anabranch bench KIND`: measure, print the table, write what was asked for."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 PEERS = ("transformers", "llama.cpp")
+RULES = ("median", "trimmed mean", "mean around median")
 EXAMPLES = """examples:
   anabranch bench attention --quick
   anabranch bench linear --rows 1 8 --json linear.json
@@ -24,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(title="benchmarks", dest="kind", metavar="KIND", required=True)
     _add_attention(_add_kind(kinds, "attention", "decode and prefill of unequal heads beside the GQA twin and torch"))
     _add_linear(_add_kind(kinds, "linear", "skinny_linear beside torch's linear"))
+    _add_coordinate_rules(
+        _add_kind(kinds, "coordinate-rules", "medians and trimmed means beside torch's sort and ByzFL")
+    )
     _add_engine(_add_kind(kinds, "engine", "a 315M-parameter Llama beside transformers and llama.cpp"))
     _add_serve(_add_kind(kinds, "serve", "the HTTP server under load beside the engine without it", plot=False))
 
@@ -92,6 +97,17 @@ def _add_linear(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_coordinate_rules(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  anabranch bench coordinate-rules --rows 8 32
+  anabranch bench coordinate-rules --rules median --dtype bfloat16   with ByzFL beside it if that is installed
+"""
+    parser.add_argument("--rows", type=int, nargs="+", help="how many vectors (default: 8 to 128)")
+    parser.add_argument("--elements", type=int, help="of all vectors together (default: 80 million)")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="(default: all)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the vectors (%(default)s)")
+
+
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """examples:
   anabranch bench engine                     random weights, 512 tokens of context, batches of 1 and 8
@@ -126,6 +142,8 @@ def _measure(args: argparse.Namespace) -> "Report":
         roofs = Roofs(read=read, flops=best_flops(size=64 if args.quick else 1024))
         if args.kind == "attention":
             return _attention(args, roofs)
+        if args.kind == "coordinate-rules":
+            return _coordinate_rules(args, roofs)
         return _linear(args, roofs) if args.kind == "linear" else _engine(args, roofs)
     finally:
         torch.set_num_threads(before)
@@ -168,6 +186,34 @@ def _linear(args: argparse.Namespace, roofs: "Roofs") -> "Report":
                 samples += measure(case, roofs, repeats=args.repeats)
     title = "A weight [out, in] times M rows"
     return Report(title=title, machine=machine.describe(), samples=tuple(samples))
+
+
+def _coordinate_rules(args: argparse.Namespace, roofs: "Roofs") -> "Report":
+    import torch
+
+    from anabranch.bench import coordinate_rules, machine
+    from anabranch.bench.report import Report
+    from anabranch.bench.timing import measure
+    from anabranch_kernels.roofline import read_sweep
+
+    rows, dtype = args.rows or coordinate_rules.ROWS, getattr(torch, args.dtype)
+    elements = 500 * max(rows) if args.quick else args.elements or coordinate_rules.ELEMENTS
+    if min(rows) < 1 or elements < max(rows):
+        raise ValueError(f"--rows must be at least 1 and --elements as many, got {list(rows)} and {elements}")
+    # A read of as many bytes as the rules read, and by turns with ours alone: after a peer nothing is in the caches.
+    roofs = replace(roofs, read=read_sweep(bytes=elements * dtype.itemsize))
+    samples: list[Sample] = []
+    absent: list[str] = []
+    for N in rows:
+        cases, missing = coordinate_rules.coordinate_rules(N, elements // N, dtype=dtype, rules=args.rules)
+        absent += missing
+        for case in cases:
+            alone = replace(case, name=f"{case.name}, alone", contenders=case.contenders[:1])
+            (ours,) = measure(alone, roofs, repeats=args.repeats)
+            beside = measure(case, roofs, repeats=args.repeats)
+            samples += [ours, *(replace(sample, read_roof=ours.read_roof) for sample in beside)]
+    title = "Coordinate-wise rules over N vectors of D numbers, f = N / 4"
+    return Report(title=title, machine=machine.describe(), samples=tuple(samples), absent=tuple(absent))
 
 
 def _engine(args: argparse.Namespace, roofs: "Roofs") -> "Report":
