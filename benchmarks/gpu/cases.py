@@ -1,4 +1,5 @@
-"""What is timed on a GPU: decode, prefill and training of a DiffQKV shape, ours beside every peer that will run it.
+"""What is timed on a GPU: decode, prefill and training of a DiffQKV shape and the coordinate-wise rules, ours beside
+every peer that will run them.
 
 A peer that refuses a case (a back-end without unequal heads, a package that is not installed) is named with its reason
 instead of a time. Decode walks through the caches of several layers, so that nothing is served by the L2 cache.
@@ -14,6 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from anabranch.bench.attention import Shape
+from anabranch.bench.coordinate_rules import coordinate_rules
 from anabranch.bench.timing import Case, Contender
 from anabranch_kernels.attention.op import attention
 from anabranch_kernels.paged_attention.op import paged_attention, store_kv
@@ -288,3 +290,10 @@ def train(bench: Bench, shape: Shape, B: int, tokens: int) -> Case:
     }
     timed = {title: (step, own_bytes, flops, 0.02) for title, step in steps.items()}
     return Case(name=name, contenders=bench.contenders(name, timed))
+
+
+def coordinate(bench: Bench, N: int, D: int) -> list[Case]:
+    """The coordinate-wise rules over N float32 vectors of D numbers."""
+    found, absent = coordinate_rules(N, D, dtype=torch.float32, device=bench.device)
+    bench.absent += absent
+    return found

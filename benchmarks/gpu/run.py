@@ -31,7 +31,17 @@ from anabranch.bench.report import Report, to_json, to_markdown
 from anabranch.bench.timing import Case, Roofs, Sample, check_agreement, interleave, timed
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("tests", "roof", "decode", "decode-wide", "prefill", "train", "tune-decode", "tune-prefill")
+PARTS = (
+    "tests",
+    "roof",
+    "decode",
+    "decode-wide",
+    "prefill",
+    "train",
+    "coordinate-rules",
+    "tune-decode",
+    "tune-prefill",
+)
 LIMIT_S = 540
 REPEATS = 30
 
@@ -77,7 +87,7 @@ def run_part(part: str, out: Path, *, dry: bool) -> int:
 
 def run_tests(*, dry: bool) -> int:
     """Tests of the Triton kernels, which take the GPU when there is one, and whatever else is marked gpu."""
-    kernels = [f"tests/kernels/test_{op}_gpu.py" for op in ("paged_attention", "attention")]
+    kernels = [f"tests/kernels/test_{op}_gpu.py" for op in ("paged_attention", "attention", "coordinate_rules")]
     others = [f"--ignore={path}" for path in kernels]
     failed = 0
     how = ["--collect-only"] if dry else ["-n", "8"]  # most of the time goes into compiling
@@ -211,6 +221,8 @@ def planned_cases(part: str, bench: cases.Bench, *, dry: bool) -> Iterator[Case]
             yield cases.prefill(bench, tiny, 1, 48)
         elif part == "train":
             yield cases.train(bench, tiny, 1, 24)
+        elif part == "coordinate-rules":
+            yield from cases.coordinate(bench, 5, 300)
         else:
             yield cases.decode(bench, tiny, 2, 40, 1)
         return
@@ -233,6 +245,9 @@ def planned_cases(part: str, bench: cases.Bench, *, dry: bool) -> Iterator[Case]
     if part == "train":
         for shape, B, tokens in ((sigma_1b, 8, 2048), (sigma_10b, 4, 4096)):
             yield cases.train(bench, shape, B, tokens)
+    if part == "coordinate-rules":
+        for N in (8, 16, 32, 64):
+            yield from cases.coordinate(bench, N, (1 << 28) // N)
 
 
 def tune(part: str, out: Path, *, dry: bool) -> int:
