@@ -74,7 +74,9 @@ def solve(gram: Tensor, weights: Tensor, *, tol: float, max_steps: int, resoluti
     start = one_hot(best, w)
     pulls, own, norm = _pull(K, w, there)
     excess = (norm - own).clamp_min(0)
-    is_segment, segment = _median_segment(K, w, resolution)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    noise = resolution * (diagonal + diagonal.gather(1, best[:, None]))
+    is_segment, segment = _median_segment(K, w, noise)
     at_best = ~is_segment & (excess <= own * (4 * resolution))
     escape = _escape(K, w, start, pulls, norm, excess)
     a = torch.where(is_segment[:, None], segment, torch.where(at_best[:, None], start, escape))
@@ -256,17 +258,20 @@ def _gap(K: Tensor, w: Tensor, x: _At) -> Tensor:
     return torch.minimum(2 * g2.sqrt(), 1 - lower).clamp_min(0)
 
 
-def _median_segment(K: Tensor, w: Tensor, resolution: float) -> tuple[Tensor, Tensor]:
+def _median_segment(K: Tensor, w: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Where all points lie on one line and a whole segment of it is median [B], and a of its midpoint [B, N].
 
-    K is around one of the points. On a line without such a segment the best point is the median.
+    K is around one of the points; noise [B, N] is the rounding of K_ii and, the mean of two, of K_ij. On a line without
+    such a segment the best point is the median.
     """
     heavy = w > 0
     diagonal = torch.where(heavy, K.diagonal(dim1=1, dim2=2), 0.0)
     far = diagonal.argmax(1)
     row, top = _row(K, far), diagonal.gather(1, far[:, None])
     across = torch.where(heavy, diagonal * top - row**2, 0.0)  # (|p_i| |p_far| sin)^2
-    on_line = (across <= 8 * resolution * diagonal * top).all(1)
+    of_far = noise.gather(1, far[:, None])
+    rounding = noise * top + of_far * diagonal + (noise + of_far) * row.abs()
+    on_line = (across <= 4 * rounding).all(1)
     length = top.sqrt()
     place = torch.where(heavy, row / length.clamp_min(torch.finfo(K.dtype).tiny), torch.inf)
     order = place.argsort(dim=1, stable=True)
@@ -274,6 +279,7 @@ def _median_segment(K: Tensor, w: Tensor, resolution: float) -> tuple[Tensor, Te
     first = (below >= 0.5 - SLACK).to(torch.int8).argmax(1, keepdim=True)
     last = (below > 0.5 + SLACK).to(torch.int8).argmax(1, keepdim=True)
     ends = [order.gather(1, end) for end in (first, last)]
-    apart = (place.gather(1, ends[1]) - place.gather(1, ends[0]) > resolution * length)[:, 0]
+    least = of_far / length.clamp_min(torch.finfo(K.dtype).tiny)
+    apart = (place.gather(1, ends[1]) - place.gather(1, ends[0]) > least)[:, 0]
     halves = [torch.zeros_like(w).scatter_(1, end, 0.5) for end in ends]
     return on_line & apart, halves[0] + halves[1]

@@ -265,3 +265,12 @@ def test_rows_that_are_not_finite_are_refused():
             aggregate(points, rule)
     with pytest.raises(ValueError, match=r"points must be \[N, D\], got \[9\]"):
         aggregate(points[:, 0], rules.mean)
+
+
+def test_points_on_a_line_are_seen_to_be_on_it_from_any_centre():
+    """Around a far centre their products are rounded more than their own size says."""
+    points = torch.randn(8, 1, generator=torch.Generator().manual_seed(106), dtype=torch.float64)
+    for centre in (None, points[0], points[0] + 1e3):
+        x = rules.aggregate(points, rules.geometric_median, centre=centre)
+        assert int((points <= x + 1e-9).sum()) >= 4
+        assert int((points >= x - 1e-9).sum()) >= 4
