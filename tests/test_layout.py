@@ -16,7 +16,7 @@ CPU_BY_TORCH = ("attention",)  # training on a CPU runs torch's own flash attent
 OPS = sorted(path.parent.name for path in KERNELS.glob("*/op.py"))
 # Inside the engine each floor imports from those before it; every other folder is a family, and families stand alone.
 LOWER = ("common", "data", "models")
-SHARED_ON_TOP = ("labels", "adapters")
+SHARED_ON_TOP = ("labels", "adapters", "aggregate")
 PUBLIC = ("LLM", "SamplingParams")  # bench calls the engine as anybody would
 
 
@@ -125,12 +125,16 @@ def test_the_rule_of_floors_tells_up_from_down():
     assert allowed_in_engine("serve", "models")
     assert allowed_in_engine("cli", "serve")
     assert allowed_in_engine("federated", "labels")
+    assert allowed_in_engine("federated", "aggregate")
+    assert allowed_in_engine("integrations", "aggregate")
     assert allowed_in_engine("bench", "LLM")
     assert not allowed_in_engine("train", "LLM")
     assert not allowed_in_engine("models", "serve")
     assert not allowed_in_engine("common", "models")
     assert not allowed_in_engine("serve", "train")
     assert not allowed_in_engine("labels", "adapters")
+    assert not allowed_in_engine("aggregate", "federated")
+    assert not allowed_in_engine("models", "aggregate")
 
 
 def test_source_roots_are_not_packages():
