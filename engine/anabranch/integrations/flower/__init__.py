@@ -1,0 +1,1 @@
+"""Robust rules as a strategy of Flower (the extra `flower`)."""

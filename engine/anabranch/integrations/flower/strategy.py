@@ -1,0 +1,189 @@
+"""`RobustFedAvg`: Flower's FedAvg with a robust rule in the place of the mean.
+
+    from anabranch.integrations.flower.strategy import RobustFedAvg
+    strategy = RobustFedAvg(rule="geometric_median", mix="nearest_neighbour_mixing", f=2, fraction_evaluate=0.5)
+    strategy.start(grid=grid, initial_arrays=ArrayRecord(model.state_dict()), num_rounds=10)
+
+Written for Flower's Message API (flwr.serverapp.strategy, 1.40 and newer). Clients need nothing of this package.
+
+Replies that cannot be used (arrays that are missing, misshapen or not finite) are left out, named in the log and the
+report, and counted among the f. A round with too few replies for its rule leaves the arrays as they are. The result
+depends on what nodes sent, never on who answered first.
+
+The round's MetricRecord holds the clients' own metrics, averaged by FedAvg's function, and this report:
+  robust.nodes                   ids of the nodes whose updates were used, ascending
+  robust.coefficients[.array]    theirs in the result, in that order; of each array with mode="per_tensor"
+  robust.distances[.array]       of their updates to the result
+  robust.gap_rel                 bound of the geometric median's objective above the least (the worst of all arrays)
+  robust.outliers                ids of nodes unusually far from the result, in any array
+  robust.left_out, robust.failed ids of nodes with unusable replies, and of those that reported an error
+  robust.skipped                 1 where the arrays stayed as they were
+"""
+
+from collections.abc import Callable, Iterable
+from logging import ERROR, INFO, WARNING
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch.aggregate.robust import ROOTED, Outcome, Robust, aggregate_updates
+from anabranch.integrations.flower.arrays import Sent, middle
+from anabranch.integrations.flower.replies import Update, examples, sort_replies, with_usual_metrics
+
+try:
+    from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+    from flwr.serverapp import Grid
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.supercore import log
+except ImportError as error:
+    raise ImportError("RobustFedAvg needs flwr>=1.40: pip install 'anabranch[flower]'") from error
+
+MODES = ("whole", "per_tensor")
+RootFunction = Callable[[int, ArrayRecord], ArrayRecord]
+
+
+class RobustFedAvg(FedAvg):
+    """FedAvg whose `aggregate_train` is a rule of `anabranch.aggregate.robust`; its settings stand in `Robust` there.
+
+    mode      "whole": the rule sees each client's arrays as one vector; "per_tensor": it is applied to each array
+    root      for fltrust and nearest_neighbours_of: (round, arrays sent out) -> the server's own arrays after training
+    weighted  by default all clients count alike: numbers of examples are what clients claim
+    **fedavg  arguments of `flwr.serverapp.strategy.FedAvg`
+
+    Arrays that are not floats (counters) become the median of each element. foolsgold keeps the sum of every node's
+    updates in memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        rule: str = "geometric_median",
+        mix: str | None = None,
+        f: int = 0,
+        mode: str = "whole",
+        radius: float | None = None,
+        bucket: int = 2,
+        seed: int = 0,
+        weighted: bool = False,
+        root: RootFunction | None = None,
+        **fedavg: Any,
+    ) -> None:
+        self.settings = Robust(rule=rule, mix=mix, f=f, radius=radius, bucket=bucket, seed=seed, weighted=weighted)
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+        if (rule in ROOTED) != (root is not None):
+            raise ValueError(f"root is for {' and '.join(ROOTED)}, which need it; got root={root} for rule={rule}")
+        super().__init__(**fedavg)
+        self.mode, self.root = mode, root
+        self._sent: ArrayRecord | None = None
+        self._history: dict[int, Tensor] = {}
+
+    def summary(self) -> None:
+        log(INFO, "\t├──> Robust rule: %s, mode %s", self.settings, self.mode)
+        super().summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As FedAvg's; the arrays are kept, since the rule is about what clients change in them."""
+        self._sent = arrays
+        messages: Iterable[Message] = super().configure_train(server_round, arrays, config, grid)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """New arrays, or None where they stay as they are; the clients' metrics and the report."""
+        if self._sent is None:
+            raise ValueError("configure_train has to come first: updates are differences from what it sent out")
+        sent = Sent({name: array.numpy() for name, array in self._sent.items()})
+        usable, left_out, failed = sort_replies(replies, sent, self.weighted_by_key)
+        log(INFO, "aggregate_train: %s usable, %s unusable, %s failed", len(usable), len(left_out), len(failed))
+        for node, reason in left_out.items():
+            log(WARNING, "\t> Left out node %d: %s", node, reason)
+        if not usable and not left_out and not failed:
+            return None, None
+        metrics = self._train_metrics(usable)
+        metrics |= {"robust.left_out": list(left_out), "robust.failed": failed, "robust.skipped": 0}
+        metrics |= {"robust.nodes": [update.node for update in usable]}
+        root = None if self.root is None else self.root(server_round, self._sent)
+        try:
+            arrays, report = self._combine(server_round, sent, usable, len(left_out), root)
+        except (ValueError, RuntimeError) as error:  # too few replies for the rule: the next round may have more
+            log(ERROR, "aggregate_train: the arrays stay as they were: %s", error)
+            return None, MetricRecord(metrics | {"robust.skipped": 1})
+        return arrays, MetricRecord(metrics | report)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """FedAvg's average over the replies that can be averaged."""
+        contents = []
+        for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
+            node = reply.metadata.src_node_id
+            try:
+                if reply.has_error():
+                    raise ValueError(reply.error.reason)
+                if len(reply.content.metric_records) != 1:
+                    raise ValueError(f"one MetricRecord is wanted, not {len(reply.content.metric_records)}")
+                examples(reply.content, self.weighted_by_key)
+                contents.append(reply.content)
+            except ValueError as error:
+                log(WARNING, "aggregate_evaluate: left out node %d: %s", node, error)
+        contents = with_usual_metrics(contents)
+        return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if contents else None
+
+    def _train_metrics(self, usable: list[Update]) -> dict[str, Any]:
+        contents = with_usual_metrics([update.content for update in usable])
+        return dict(self.train_metrics_aggr_fn(contents, self.weighted_by_key)) if contents else {}
+
+    def _combine(
+        self, server_round: int, sent: Sent, usable: list[Update], left_out: int, root: ArrayRecord | None
+    ) -> tuple[ArrayRecord, dict[str, Any]]:
+        if not usable:
+            raise ValueError("no usable reply")
+        rows = torch.stack([update.row for update in usable])
+        weights = torch.tensor([update.examples for update in usable], dtype=torch.float64)
+        own, history = None if root is None else _row(root, sent), self._remember(usable)
+        whole = {"": slice(None)}
+        outcomes: dict[str, Outcome] = {}
+        for name, part in (sent.slices() if self.mode == "per_tensor" else whole).items():
+            outcomes[name] = aggregate_updates(
+                rows[:, part],
+                self.settings,
+                round=server_round,
+                left_out=left_out,
+                weights=weights if self.settings.weighted else None,
+                root=None if own is None else own[part],
+                history=None if history is None else history[:, part],
+            )
+        update = torch.cat([outcome.update for outcome in outcomes.values()])
+        others = {name: middle([each.others[name] for each in usable]) for name in sent.others}
+        arrays = ArrayRecord({name: Array(array) for name, array in sent.moved(update, others).items()})
+        return arrays, _report([update.node for update in usable], outcomes)
+
+    def _remember(self, usable: list[Update]) -> Tensor | None:
+        if self.settings.rule != "foolsgold":
+            return None
+        for update in usable:
+            past = self._history.get(update.node)
+            self._history[update.node] = update.row if past is None else past + update.row
+        return torch.stack([self._history[update.node] for update in usable])
+
+
+def _row(arrays: ArrayRecord, sent: Sent) -> Tensor:
+    own = {name: array.numpy() for name, array in arrays.items()}
+    return sent.vector(own).sub_(sent.vector(sent.arrays))
+
+
+def _report(nodes: list[int], outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    far = torch.zeros(len(nodes), dtype=torch.bool)
+    for name, outcome in outcomes.items():
+        suffix = f".{name}" if name else ""
+        report[f"robust.coefficients{suffix}"] = outcome.coefficients.tolist()
+        report[f"robust.distances{suffix}"] = outcome.distances.tolist()
+        far |= outcome.outliers
+    gaps = [outcome.gap_rel for outcome in outcomes.values() if outcome.gap_rel is not None]
+    if gaps:
+        report["robust.gap_rel"] = max(gaps)
+    return report | {"robust.outliers": [node for node, is_far in zip(nodes, far.tolist(), strict=True) if is_far]}

@@ -1,0 +1,390 @@
+"""Replies made by hand: every rule, in any order, beside whatever hostile nodes send."""
+
+import re
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from anabranch.aggregate import mixes, robust, rules
+
+app = pytest.importorskip("flwr.app", reason="needs the extra `flower`")
+
+from anabranch.integrations.flower.strategy import RobustFedAvg  # noqa: E402
+
+SENT = {
+    "weight": np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3),
+    "bias": np.array([0.5, 1.5], np.float32),
+    "seen": np.array(40),
+}
+NODES = [2**63 + 11, 5, 7000, 123456789, 42, 99, 2**40, 8]
+SETTINGS = {"centred_clipping": {"radius": 1.0}, "mean": {"weighted": True}}
+
+
+def record(arrays):
+    return app.ArrayRecord({name: app.Array(array) for name, array in arrays.items()})
+
+
+def arrays_of(record):
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def flat(arrays):
+    return torch.from_numpy(np.concatenate([arrays[name].ravel() for name in ("weight", "bias")])).double()
+
+
+def trained(seed, *, scale=0.3, shift=0.2):
+    random = np.random.default_rng(seed)
+    arrays = {
+        name: (array + shift + scale * random.standard_normal(array.shape)).astype(np.float32)
+        for name, array in SENT.items()
+    }
+    return arrays | {"seen": np.array(40 + seed)}
+
+
+def root(server_round, arrays):
+    assert server_round == 3
+    return record({name: np.asarray(array + 1) for name, array in arrays_of(arrays).items()})
+
+
+def strategy(rule="geometric_median", **settings):
+    made = RobustFedAvg(rule=rule, root=root if rule in robust.ROOTED else None, **(SETTINGS.get(rule, {}) | settings))
+    made._sent = record(SENT)
+    return made
+
+
+@pytest.fixture
+def replies(reply):
+    return [reply(node, trained(i), loss=float(i), examples=i + 1) for i, node in enumerate(NODES)]
+
+
+def by_hand(rule, gram):
+    """Coefficients of eight updates, for f = 1."""
+    N, pad = len(gram), torch.nn.functional.pad
+    match rule:
+        case "mean":  # the nodes' own numbers of examples, in the order of their ids
+            return torch.arange(1.0, 9.0, dtype=torch.float64)[np.argsort(NODES)] / 36
+        case "geometric_median":
+            return rules.geometric_median(gram)
+        case "medoid":
+            return rules.medoid(gram)
+        case "centred_clipping":
+            return rules.centred_clipping(pad(gram, (0, 1, 0, 1)), N, 1.0)[:N]
+        case "foolsgold":
+            return rules.foolsgold(gram) / N
+        case "fltrust":
+            return rules.fltrust(gram, N - 1)
+        case "nearest_neighbours_of":
+            return rules.nearest_neighbours_of(gram, 1, N - 1)
+    return getattr(rules, rule)(gram, 1)
+
+
+@pytest.mark.parametrize("rule", robust.RULES)
+def test_every_rule_acts_on_updates_in_the_order_of_nodes(rule, replies):
+    arrays, metrics = strategy(rule, f=1).aggregate_train(3, replies)
+    order = np.argsort(NODES)
+    rows = torch.stack([flat(trained(i)) for i in order]) - flat(SENT)
+    if rule in robust.ROOTED:
+        rows = torch.cat([rows, torch.ones(1, rows.shape[1]).double()])
+    a = by_hand(rule, rows @ rows.T)
+    assert metrics["robust.nodes"] == sorted(NODES)
+    assert_close(torch.tensor(metrics["robust.coefficients"]).double(), a[:8], atol=1e-5, rtol=1e-5)  # float32 rows
+    assert_close(flat(arrays_of(arrays)), flat(SENT) + a @ rows, atol=2e-6, rtol=2e-6)
+    assert arrays["seen"].numpy() == 43  # the lower one of the two middle ones
+    assert list(arrays) == list(SENT)
+
+
+@pytest.mark.parametrize("mix", robust.MIXES)
+def test_every_mix(mix, replies):
+    radius = 0.9 if mix == "static_clipping" else None
+    arrays, _ = strategy(mix=mix, f=1, radius=radius, seed=5).aggregate_train(3, replies)
+    rows = torch.stack([flat(trained(i)) for i in np.argsort(NODES)]) - flat(SENT)
+    how = {
+        "nearest_neighbour_mixing": partial(mixes.nearest_neighbour_mixing, f=1),
+        "bucketing": partial(
+            mixes.bucketing, size=2, generator=torch.Generator().manual_seed((5 * 0x9E3779B1 + 3) % 2**32)
+        ),
+        "static_clipping": partial(mixes.static_clipping, radius=0.9),
+        "adaptive_clipping": partial(mixes.adaptive_clipping, f=1),
+    }[mix]
+    a = rules.after(how, rules.geometric_median)(rows @ rows.T)
+    assert_close(flat(arrays_of(arrays)), flat(SENT) + a @ rows, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("mode", ["whole", "per_tensor"])
+@pytest.mark.parametrize("rule", robust.RULES)
+def test_who_answers_first_changes_no_bit(rule, mode, replies):
+    seen = set()
+    for turn in range(4):
+        arrays, metrics = strategy(rule, f=1, mode=mode).aggregate_train(3, replies[turn:] + replies[:turn])
+        seen.add((*(array.data for array in arrays.values()), repr(dict(metrics))))
+    assert len(seen) == 1
+
+
+def test_each_tensor_alone(replies):
+    arrays, metrics = strategy("krum", f=1, mode="per_tensor").aggregate_train(3, replies)
+    order = np.argsort(NODES)
+    for name in ("weight", "bias"):
+        rows = torch.stack([torch.from_numpy(trained(i)[name] - SENT[name]).double().ravel() for i in order])
+        a = rules.krum(rows @ rows.T, 1)
+        assert metrics[f"robust.coefficients.{name}"] == a.tolist()
+        wanted = SENT[name] + (a @ rows).numpy().reshape(SENT[name].shape)
+        np.testing.assert_allclose(arrays[name].numpy(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def bad_arrays():
+    good = trained(0)
+    nan, inf = trained(0), trained(0)
+    nan["bias"][0], inf["weight"][1, 1] = np.nan, -np.inf
+    return {
+        "nan": (nan, "not finite"),
+        "inf": (inf, "not finite"),
+        "missing": ({name: good[name] for name in ("weight", "seen")}, r"missing arrays \['bias'\]"),
+        "more": ({**good, "extra": good["bias"]}, r"unknown arrays \['extra'\]"),
+        "misshapen": ({**good, "bias": good["weight"]}, "array 'bias': float32"),
+        "no arrays": (None, "wanted, not 0 and 1"),
+        "counter": ({**good, "seen": np.array(0.5)}, "array 'seen': float64"),
+    }
+
+
+@pytest.mark.parametrize("kind", bad_arrays())
+def test_unusable_replies_are_left_out_and_named(kind, replies, reply, caplog):
+    sent, words = bad_arrays()[kind]
+    replies[0] = reply(NODES[0], sent, loss=1e9)
+    replies[1] = reply(NODES[1], error="out of memory")
+    with caplog.at_level("WARNING", logger="flwr"):
+        _, metrics = strategy("krum", f=2).aggregate_train(3, replies)
+    assert re.search(f"Left out node {NODES[0]}: .*{words}", caplog.text)
+    assert (metrics["robust.left_out"], metrics["robust.failed"]) == ([NODES[0]], [NODES[1]])
+    assert metrics["robust.nodes"] == sorted(NODES[2:])
+    assert metrics["robust.skipped"] == 0
+    assert metrics["loss"] == pytest.approx(np.average(range(2, 8), weights=range(3, 9)))
+    # One of the two has shown itself, one is still among the six.
+    rows = torch.stack([flat(trained(NODES.index(node))) for node in sorted(NODES[2:])]) - flat(SENT)
+    assert metrics["robust.coefficients"] == rules.krum(rows @ rows.T, 1).tolist()
+
+
+@pytest.mark.parametrize("examples", [0, -1, float("nan"), float("inf"), [1, 2]])
+def test_numbers_of_examples_are_checked(examples, replies, reply):
+    replies[0] = reply(NODES[0], trained(0), examples=examples)
+    _, metrics = strategy("mean").aggregate_train(3, replies)
+    assert metrics["robust.left_out"] == [NODES[0]]
+
+
+def test_a_second_reply_does_not_count(replies, reply):
+    _, metrics = strategy().aggregate_train(3, [*replies, reply(NODES[2], trained(9))])
+    assert metrics["robust.left_out"] == [NODES[2]]
+    assert metrics["robust.nodes"] == sorted(NODES)
+
+
+@pytest.mark.parametrize(
+    "metrics", [{"loss": float("nan")}, {"loss": [1.0, 2.0]}, {}, {"loss": 1.0, "robust.gap_rel": 7.0}]
+)
+def test_odd_metrics_are_left_out_of_their_average(metrics, replies, reply):
+    replies[3] = reply(NODES[3], trained(3), examples=4, **metrics)
+    _, got = strategy().aggregate_train(3, replies)
+    rest = [0, 1, 2, 4, 5, 6, 7]
+    assert got["loss"] == pytest.approx(np.average(rest, weights=[i + 1 for i in rest]))
+    assert got["robust.nodes"] == sorted(NODES)  # the update itself is usable
+    assert got["robust.gap_rel"] <= 1e-6
+    assert strategy().aggregate_evaluate(3, replies)["loss"] == got["loss"]
+
+
+def test_evaluation_survives_whatever_comes(replies, reply):
+    replies[1] = reply(NODES[1], error="killed")
+    replies[2] = reply(NODES[2], trained(2), examples=[3], loss=0.0)
+    replies[3].content["second"] = app.MetricRecord({"loss": 0.0})
+    got = strategy().aggregate_evaluate(3, replies)
+    assert got["loss"] == pytest.approx(np.average([0, 4, 5, 6, 7], weights=[1, 5, 6, 7, 8]))
+    assert strategy().aggregate_evaluate(3, replies[1:4]) is None
+    assert strategy().aggregate_evaluate(3, []) is None
+
+
+@pytest.mark.parametrize("rule", [rule for rule in robust.RULES if rule not in ("mean", "foolsgold")])
+@pytest.mark.parametrize("value", [1e30, 3e37, -1e4])
+def test_a_hostile_node_moves_little(rule, value, replies, reply):
+    honest = torch.stack([flat(trained(i)) for i in range(1, 8)])
+    replies[0] = reply(NODES[0], {**SENT, "weight": np.full((4, 3), value, np.float32)})
+    arrays, metrics = strategy(rule, f=1).aggregate_train(3, replies)
+    reach = max(1.0, (honest - honest.mean(0)).norm(dim=1).max().item())  # 1: the radius of clipping
+    assert (flat(arrays_of(arrays)) - honest.mean(0)).norm() < 2 * reach
+    assert NODES[0] in metrics["robust.outliers"]
+    moved, _ = strategy("mean", weighted=False).aggregate_train(3, replies)
+    assert (flat(arrays_of(moved)) - honest.mean(0)).norm() > 100 * reach
+
+
+def test_equal_replies_are_no_outliers(reply):
+    _, metrics = strategy().aggregate_train(3, [reply(node, trained(1)) for node in NODES])
+    assert metrics["robust.outliers"] == []
+
+
+def test_foolsgold_remembers(reply):
+    made = strategy("foolsgold")
+    for turn in (1, 2):
+        rows = {node: trained(10 * turn + i) for i, node in enumerate(NODES)}
+        copies = NODES[:3]
+        for node in copies:
+            rows[node] = trained(99 + turn)
+        _, metrics = made.aggregate_train(turn, [reply(node, arrays) for node, arrays in rows.items()])
+    weight = dict(zip(metrics["robust.nodes"], metrics["robust.coefficients"], strict=True))
+    assert max(weight[node] for node in copies) < 1e-3 < max(weight.values())
+    assert len(made._history) == 8
+    sums = flat(trained(13)) + flat(trained(23)) - 2 * flat(SENT)
+    assert_close(made._history[NODES[3]].double(), sums, atol=1e-6, rtol=1e-6)
+
+
+def test_too_few_replies_leave_the_arrays(replies):
+    arrays, metrics = strategy("krum", f=2).aggregate_train(3, replies[:4])
+    assert arrays is None
+    assert metrics["robust.skipped"] == 1
+    assert metrics["loss"] == pytest.approx(np.average(range(4), weights=range(1, 5)))
+    assert strategy().aggregate_train(3, []) == (None, None)
+
+
+def test_nothing_usable_leaves_the_arrays(reply):
+    arrays, metrics = strategy().aggregate_train(3, [reply(1, error="gone"), reply(2, {})])
+    assert arrays is None
+    assert (metrics["robust.failed"], metrics["robust.left_out"], metrics["robust.skipped"]) == ([1], [2], 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rule": "median"}, "unknown rule 'median'; choose one of"),
+        ({"mix": "nnm"}, "unknown mix 'nnm'"),
+        ({"rule": "foolsgold", "mix": "bucketing"}, "allows no mix"),
+        ({"rule": "krum", "weighted": True}, "weigh clients, got krum"),
+        ({"rule": "centred_clipping"}, "radius is for"),
+        ({"rule": "krum", "radius": 1.0}, "radius is for"),
+        ({"rule": "centred_clipping", "radius": 0.0}, "positive and finite"),
+        ({"f": -1}, "f >= 0"),
+        ({"mode": "layer"}, "mode must be one of"),
+        ({"rule": "fltrust"}, "root is for fltrust"),
+        ({"rule": "krum", "root": root}, "root is for fltrust"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        RobustFedAvg(**settings)
+
+
+def test_a_round_begins_with_configure_train(replies):
+    with pytest.raises(ValueError, match="configure_train has to come first"):
+        RobustFedAvg().aggregate_train(1, replies)
+
+
+def test_the_extra_is_named_where_flower_is_missing():
+    code = "import sys; sys.modules['flwr'] = None; import anabranch.integrations.flower.strategy"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ImportError: RobustFedAvg needs flwr>=1.40: pip install 'anabranch[flower]'" in done.stderr
+
+
+def client_app():
+    """Eight clients on scikit-learn's digits: 0 flips the sign, 1 sends 1e30, 2 sends NaN, 3 raises in every round.
+
+    Everything stands inside, so that Ray's workers get it whole: they cannot import tests.
+    """
+    from flwr.clientapp import ClientApp
+
+    def train(arrays, partition):
+        from sklearn.datasets import load_digits
+
+        x, y = load_digits(return_X_y=True)
+        x, y = x[partition::8] / 16, np.eye(10)[y[partition::8]]
+        w, b = (arrays[name].astype(np.float64) for name in ("w", "b"))
+        for _ in range(5):
+            z = x @ w + b
+            p = np.exp(z - z.max(1, keepdims=True))
+            slope = (p / p.sum(1, keepdims=True) - y) / len(x)
+            w, b = w - x.T @ slope, b - slope.sum(0)
+        update = {"w": w - arrays["w"], "b": b - arrays["b"]}
+        factor = {0: -3.0, 1: 1e30, 2: np.nan}.get(partition, 1.0)
+        return {name: (arrays[name] + factor * update[name]).astype(np.float32) for name in arrays}, len(x)
+
+    made = ClientApp()
+
+    @made.train()
+    def fit(message, context):
+        from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+
+        partition = context.node_config["partition-id"]
+        if partition == 3:
+            raise RuntimeError("out of memory")
+        sent = {name: array.numpy() for name, array in message.content["arrays"].items()}
+        arrays, examples = train(sent, partition)
+        metrics = MetricRecord({"num-examples": examples, "partition": partition})
+        content = {"arrays": ArrayRecord({name: Array(array) for name, array in arrays.items()}), "metrics": metrics}
+        return Message(RecordDict(content), reply_to=message)
+
+    @made.evaluate()
+    def measure(message, context):
+        from flwr.app import Message, MetricRecord, RecordDict
+
+        partition = context.node_config["partition-id"]
+        loss = float("nan") if partition == 2 else float(partition)
+        metrics = MetricRecord({"num-examples": 1, "loss": loss})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    return made, train
+
+
+def without_flower(train, arrays, mode):
+    """Three rounds in float64: of eight clients one sends NaN and one fails, so two more may be hostile."""
+    rule = rules.after(partial(mixes.nearest_neighbour_mixing, f=2), rules.geometric_median)
+    for _ in range(3):
+        rows = [train(arrays, partition)[0] for partition in (0, 1, 4, 5, 6, 7)]
+        updates = {
+            name: torch.from_numpy(np.stack([row[name].astype(np.float64) - arrays[name] for row in rows])).flatten(1)
+            for name in arrays
+        }
+        whole = torch.cat(list(updates.values()), 1)
+        grams = {name: each @ each.T if mode == "per_tensor" else whole @ whole.T for name, each in updates.items()}
+        moved = {name: (rule(grams[name]) @ updates[name]).reshape(arrays[name].shape) for name in arrays}
+        arrays = {name: arrays[name] + moved[name].numpy().astype(np.float32) for name in arrays}
+    return arrays
+
+
+@pytest.mark.slow
+def test_rounds_in_a_simulation_are_those_without_flower():
+    from flwr.serverapp import ServerApp
+    from flwr.simulation import run_simulation
+
+    app_of_clients, train = client_app()
+    start = {"w": np.zeros((64, 10), np.float32), "b": np.zeros(10, np.float32)}
+    server, results = ServerApp(), {}
+
+    @server.main()
+    def main(grid, context):
+        for mode in ("whole", "per_tensor"):
+            made = RobustFedAvg(
+                rule="geometric_median",
+                mix="nearest_neighbour_mixing",
+                f=3,
+                mode=mode,
+                min_train_nodes=8,  # Flower counts the nodes before it waits for them
+                min_evaluate_nodes=8,
+            )
+            results[mode] = made.start(grid, record(start), num_rounds=3, timeout=120)
+
+    run_simulation(
+        server,
+        app_of_clients,
+        num_supernodes=8,
+        backend_config={
+            "init_args": {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False},
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        },
+    )
+    for mode, result in results.items():
+        wanted = without_flower(train, start, mode)
+        for name, array in arrays_of(result.arrays).items():
+            np.testing.assert_allclose(array, wanted[name], rtol=1e-6, atol=1e-6)
+        assert np.abs(wanted["w"]).max() > 0.01
+        report = result.train_metrics_clientapp[3]
+        assert [len(report[f"robust.{kind}"]) for kind in ("nodes", "left_out", "failed", "outliers")] == [6, 1, 1, 2]
+        assert result.evaluate_metrics_clientapp[3]["loss"] == pytest.approx((28 - 2) / 7)
+    assert len(results) == 2
