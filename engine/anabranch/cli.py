@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from anabranch.bench import command as bench
 from anabranch.convert import command as convert
+from anabranch.federated import demo_command as demo
 from anabranch.serve import generate_command as generate
 from anabranch.serve import serve_command as serve
 from anabranch.train import command as train_lm
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
   anabranch train-lm --help                        train a small DiffQKV model on text files
   anabranch convert --help                         fewer K heads for a Llama, Mistral or Qwen2 checkpoint
   anabranch bench attention --quick                kernels against torch and this machine's bandwidth
+  anabranch demo robust                            20 clients learn to read digits, 6 of them hostile
 """
 COMMANDS = (
     ("generate", "stream text from a model folder and say how fast it was", generate),
@@ -30,6 +32,7 @@ COMMANDS = (
     ("train-lm", "train a small byte-level DiffQKV model on text files", train_lm),
     ("convert", "merge the K heads of a checkpoint, measure what it costs and heal it", convert),
     ("bench", "measure kernels and the engine beside their peers", bench),
+    ("demo", "show in some seconds what robust aggregation is good for", demo),
 )
 INTERRUPTED = 130  # 128 + SIGINT
 READER_LEFT = 141  # 128 + SIGPIPE
