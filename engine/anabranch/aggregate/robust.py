@@ -1,8 +1,8 @@
 """One round of a federated server: updates of N clients to one, by the rule that its settings name.
 
 An update is what a client's arrays differ by from those it was sent, so zero means "as before", and rules around zero
-need no other centre. Every rule here is one of distances (rules.py), maybe after a step of mixes.py: it gives a
-coefficient for each client.
+need no other centre. Rules of distances (rules.py), maybe after a step of mixes.py, give a coefficient for each client.
+Rules of coordinates (anabranch_kernels.coordinate_rules) give none; the mixed updates are made for them.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from anabranch.aggregate import mixes, rules
 from anabranch.aggregate.rules import Mix, Rule
+from anabranch_kernels.coordinate_rules import op as coordinates
 from anabranch_kernels.geometric_median.op import MAX_ITER, centred_gram, combine
 from anabranch_kernels.geometric_median.solve import solve
 
@@ -28,7 +29,8 @@ COUNTING: dict[str, Callable[[Tensor, int], Tensor]] = {  # need to know how man
     "covariance_filter": rules.covariance_filter,
 }
 ROOTED = ("fltrust", "nearest_neighbours_of")  # compare with the server's own update
-RULES = (*WEIGHTED, *COUNTING, "centred_clipping", "foolsgold", *ROOTED)
+BY_COORDINATE = ("coordinate_median", "trimmed_mean", "mean_around_median", "phocas", "bulyan", "sign_majority")
+RULES = (*WEIGHTED, *COUNTING, "centred_clipping", "foolsgold", *ROOTED, *BY_COORDINATE)
 MIXES = ("nearest_neighbour_mixing", "bucketing", "static_clipping", "adaptive_clipping")
 UNMIXED = ("foolsgold", *ROOTED)  # say something about single clients, or one of the server's own
 
@@ -44,6 +46,7 @@ class Robust:
     mix       one of MIXES, or None
     f         clients of a round that may send anything, at most
     radius    length that updates are cut to, for centred_clipping and static_clipping
+    step      what each number moves by, for sign_majority
     bucket    clients in a bucket, for bucketing
     seed      of the buckets; each round draws others
     weighted  weigh by the clients' numbers of examples, about which they may lie; for mean, geometric_median, medoid
@@ -54,6 +57,7 @@ class Robust:
     mix: str | None = None
     f: int = 0
     radius: float | None = None
+    step: float | None = None
     bucket: int = 2
     seed: int = 0
     weighted: bool = False
@@ -68,29 +72,30 @@ class Robust:
             raise ValueError(f"{self.rule} is about single clients and allows no mix, got {self.mix!r}")
         if self.weighted and (self.rule not in WEIGHTED or self.mix):
             raise ValueError(f"only {', '.join(WEIGHTED)} without a mix weigh clients, got {self.rule}, mix={self.mix}")
-        if (self.rule == "centred_clipping" or self.mix == "static_clipping") != (self.radius is not None):
-            raise ValueError(
-                f"radius is for centred_clipping and static_clipping, which need it; got {self.radius} for "
-                f"rule={self.rule}, mix={self.mix}"
-            )
-        if self.radius is not None and not 0 < self.radius < float("inf"):
-            raise ValueError(f"radius must be positive and finite, got {self.radius}")
+        self._check_length("radius", self.rule == "centred_clipping" or self.mix == "static_clipping")
+        self._check_length("step", self.rule == "sign_majority")
         if self.f < 0 or self.bucket < 1 or not self.tol > 0:
             raise ValueError(f"need f >= 0, bucket >= 1, tol > 0, got {self.f}, {self.bucket}, {self.tol}")
+
+    def _check_length(self, name: str, needed: bool) -> None:
+        value = getattr(self, name)
+        if needed != (value is not None) or (needed and not 0 < value < float("inf")):
+            wanted = "a positive, finite" if needed else "no"
+            raise ValueError(f"rule {self.rule} with mix {self.mix} takes {wanted} {name}, got {value}")
 
 
 class Outcome(NamedTuple):
     """What a round made of N updates.
 
     update        [D]       dtype of the updates
-    coefficients  [N]       float64: the update is the sum of these times the clients'
+    coefficients  [N]       float64: the update is the sum of these times the clients'; None for rules of coordinates
     gap_rel       float     bound of the geometric median's objective above the least, relative; None for other rules
     distances     [N]       float64, from each client's update to the result
     outliers      [N] bool  farther than the median distance by more than three (robust) standard deviations
     """
 
     update: Tensor
-    coefficients: Tensor
+    coefficients: Tensor | None
     gap_rel: float | None
     distances: Tensor
     outliers: Tensor
@@ -129,16 +134,20 @@ def aggregate_updates(
     N = len(updates)
     points = updates if root is None else torch.cat([updates, root[None]])
     gram = centred_gram((points if history is None else history)[None])[0]
-    a, gap = _coefficients(gram, settings, max(0, settings.f - left_out), round, weights)
-    update = combine(points[None], a[None])[0]
+    f = max(0, settings.f - left_out)
+    a, gap = None, None
+    if settings.rule in BY_COORDINATE:
+        update = _by_coordinate(points, gram, settings, f, _mix(settings, f, round))
+    else:
+        a, gap = _coefficients(gram, settings, f, _mix(settings, f, round), weights)
+        update = combine(points[None], a[None])[0]
     distances = centred_gram(updates[None], update[None])[0].diagonal().sqrt()
-    return Outcome(update, a[:N], gap, distances, _outliers(distances))
+    return Outcome(update, None if a is None else a[:N], gap, distances, _outliers(distances))
 
 
 def _coefficients(
-    gram: Tensor, settings: Robust, f: int, round: int, weights: Tensor | None
+    gram: Tensor, settings: Robust, f: int, mix: Mix | None, weights: Tensor | None
 ) -> tuple[Tensor, float | None]:
-    mix = _mix(settings, f, round)
     if settings.rule != "geometric_median":
         rule = _rule(settings, f, weights)
         return (rules.after(mix, rule) if mix else rule)(gram), None
@@ -149,6 +158,26 @@ def _coefficients(
     if solution.status.item() == MAX_ITER:
         raise RuntimeError(f"no geometric median within {settings.tol}: the bound is {gap:.1e}")
     return solution.coefficients[0] @ rows, gap
+
+
+def _by_coordinate(points: Tensor, gram: Tensor, settings: Robust, f: int, mix: Mix | None) -> Tensor:
+    if mix is not None:
+        rows = mix(gram)
+        points, gram = (rows @ points.to(rows)).to(points), rows @ gram @ rows.T
+    match settings.rule:
+        case "coordinate_median":
+            return coordinates.coordinate_median(points[None])[0]
+        case "trimmed_mean":
+            return coordinates.trimmed_mean(points[None], f)[0]
+        case "mean_around_median":
+            return coordinates.mean_around_median(points[None], f)[0]
+        case "phocas":
+            return coordinates.phocas(points[None], f)[0]
+        case "bulyan":
+            selected = points[rules.bulyan_selection(gram, f) > 0]
+            return coordinates.mean_around_median(selected[None], 2 * f)[0]
+    assert settings.step is not None
+    return coordinates.sign_majority(points[None])[0] * settings.step
 
 
 def _rule(settings: Robust, f: int, weights: Tensor | None) -> Rule:

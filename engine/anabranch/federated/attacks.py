@@ -48,8 +48,8 @@ def mimic(honest: Tensor, f: int) -> Tensor:
 def gaussian(honest: Tensor, f: int, *, scale: float = 10.0, generator: torch.Generator) -> Tensor:
     """Noise about zero, `scale` times as long as the honest updates are on average."""
     noise = torch.randn(f, honest.shape[1], generator=generator, dtype=honest.dtype)
-    length: Tensor = scale * honest.norm(dim=1).mean()
-    return noise * (length / noise.norm(dim=1, keepdim=True))
+    lengths: Tensor = noise.norm(dim=1, keepdim=True)
+    return noise / lengths * (scale * float(honest.norm(dim=1).mean()))
 
 
 def constant(honest: Tensor, f: int, *, value: float = 1e30) -> Tensor:

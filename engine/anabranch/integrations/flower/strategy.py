@@ -12,7 +12,8 @@ depends on what nodes sent, never on who answered first.
 
 The round's MetricRecord holds the clients' own metrics, averaged by FedAvg's function, and this report:
   robust.nodes                   ids of the nodes whose updates were used, ascending
-  robust.coefficients[.array]    theirs in the result, in that order; of each array with mode="per_tensor"
+  robust.coefficients[.array]    theirs in the result, in that order; of each array with mode="per_tensor"; none for
+                                 rules of coordinates
   robust.distances[.array]       of their updates to the result
   robust.gap_rel                 bound of the geometric median's objective above the least (the worst of all arrays)
   robust.outliers                ids of nodes unusually far from the result, in any array
@@ -63,13 +64,16 @@ class RobustFedAvg(FedAvg):
         f: int = 0,
         mode: str = "whole",
         radius: float | None = None,
+        step: float | None = None,
         bucket: int = 2,
         seed: int = 0,
         weighted: bool = False,
         root: RootFunction | None = None,
         **fedavg: Any,
     ) -> None:
-        self.settings = Robust(rule=rule, mix=mix, f=f, radius=radius, bucket=bucket, seed=seed, weighted=weighted)
+        self.settings = Robust(
+            rule=rule, mix=mix, f=f, radius=radius, step=step, bucket=bucket, seed=seed, weighted=weighted
+        )
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         if (rule in ROOTED) != (root is not None):
@@ -180,7 +184,8 @@ def _report(nodes: list[int], outcomes: dict[str, Outcome]) -> dict[str, Any]:
     far = torch.zeros(len(nodes), dtype=torch.bool)
     for name, outcome in outcomes.items():
         suffix = f".{name}" if name else ""
-        report[f"robust.coefficients{suffix}"] = outcome.coefficients.tolist()
+        if outcome.coefficients is not None:
+            report[f"robust.coefficients{suffix}"] = outcome.coefficients.tolist()
         report[f"robust.distances{suffix}"] = outcome.distances.tolist()
         far |= outcome.outliers
     gaps = [outcome.gap_rel for outcome in outcomes.values() if outcome.gap_rel is not None]

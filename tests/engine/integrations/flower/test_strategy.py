@@ -22,7 +22,7 @@ SENT = {
     "seen": np.array(40),
 }
 NODES = [2**63 + 11, 5, 7000, 123456789, 42, 99, 2**40, 8]
-SETTINGS = {"centred_clipping": {"radius": 1.0}, "mean": {"weighted": True}}
+SETTINGS = {"centred_clipping": {"radius": 1.0}, "sign_majority": {"step": 0.05}, "mean": {"weighted": True}}
 
 
 def record(arrays):
@@ -83,8 +83,8 @@ def by_hand(rule, gram):
     return getattr(rules, rule)(gram, 1)
 
 
-@pytest.mark.parametrize("rule", robust.RULES)
-def test_every_rule_acts_on_updates_in_the_order_of_nodes(rule, replies):
+@pytest.mark.parametrize("rule", sorted(set(robust.RULES) - set(robust.BY_COORDINATE)))
+def test_every_rule_of_distances_acts_on_updates_in_the_order_of_nodes(rule, replies):
     arrays, metrics = strategy(rule, f=1).aggregate_train(3, replies)
     order = np.argsort(NODES)
     rows = torch.stack([flat(trained(i)) for i in order]) - flat(SENT)
@@ -96,6 +96,36 @@ def test_every_rule_acts_on_updates_in_the_order_of_nodes(rule, replies):
     assert_close(flat(arrays_of(arrays)), flat(SENT) + a @ rows, atol=2e-6, rtol=2e-6)
     assert arrays["seen"].numpy() == 43  # the lower one of the two middle ones
     assert list(arrays) == list(SENT)
+
+
+def middle_mean(values, centre, kept):
+    """Mean of the `kept` numbers of each column nearest to its centre."""
+    nearest = (values - centre).abs().argsort(stable=True, dim=0)[:kept]
+    return values.gather(0, nearest).mean(0)
+
+
+@pytest.mark.parametrize("rule", robust.BY_COORDINATE)
+def test_every_rule_of_coordinates_acts_on_updates(rule, replies):
+    arrays, metrics = strategy(rule, f=1).aggregate_train(3, replies)
+    rows = torch.stack([flat(trained(i)) for i in np.argsort(NODES)]) - flat(SENT)
+    ordered = rows.sort(0).values
+    wanted = {
+        "coordinate_median": ordered[3:5].mean(0),
+        "trimmed_mean": ordered[1:7].mean(0),
+        "mean_around_median": middle_mean(ordered, ordered[3:5].mean(0), 7),
+        "phocas": middle_mean(ordered, ordered[1:7].mean(0), 7),
+        "sign_majority": 0.05 * rows.sign().sum(0).sign(),
+        "bulyan": selected_mean(rows),
+    }[rule]
+    assert_close(flat(arrays_of(arrays)), flat(SENT) + wanted, atol=1e-6, rtol=1e-6)
+    assert "robust.coefficients" not in metrics
+    assert metrics["robust.nodes"] == sorted(NODES)
+
+
+def selected_mean(rows):
+    """Bulyan for f = 1: six rows by Krum, then the mean of the four numbers of each column nearest to their median."""
+    chosen = rows[rules.bulyan_selection(rows @ rows.T, 1) > 0].sort(0).values
+    return middle_mean(chosen, chosen[2:4].mean(0), 4)
 
 
 @pytest.mark.parametrize("mix", robust.MIXES)
@@ -204,7 +234,7 @@ def test_evaluation_survives_whatever_comes(replies, reply):
     assert strategy().aggregate_evaluate(3, []) is None
 
 
-@pytest.mark.parametrize("rule", [rule for rule in robust.RULES if rule not in ("mean", "foolsgold")])
+@pytest.mark.parametrize("rule", [rule for rule in robust.RULES if rule not in ("mean", "foolsgold", "sign_majority")])
 @pytest.mark.parametrize("value", [1e30, 3e37, -1e4])
 def test_a_hostile_node_moves_little(rule, value, replies, reply):
     honest = torch.stack([flat(trained(i)) for i in range(1, 8)])
@@ -258,9 +288,10 @@ def test_nothing_usable_leaves_the_arrays(reply):
         ({"mix": "nnm"}, "unknown mix 'nnm'"),
         ({"rule": "foolsgold", "mix": "bucketing"}, "allows no mix"),
         ({"rule": "krum", "weighted": True}, "weigh clients, got krum"),
-        ({"rule": "centred_clipping"}, "radius is for"),
-        ({"rule": "krum", "radius": 1.0}, "radius is for"),
-        ({"rule": "centred_clipping", "radius": 0.0}, "positive and finite"),
+        ({"rule": "centred_clipping"}, "takes a positive, finite radius, got None"),
+        ({"rule": "krum", "radius": 1.0}, "takes no radius, got 1.0"),
+        ({"rule": "centred_clipping", "radius": 0.0}, "positive, finite radius, got 0.0"),
+        ({"rule": "sign_majority", "step": float("inf")}, "positive, finite step, got inf"),
         ({"f": -1}, "f >= 0"),
         ({"mode": "layer"}, "mode must be one of"),
         ({"rule": "fltrust"}, "root is for fltrust"),
