@@ -30,8 +30,8 @@ class Checkpoint:
         self._files: dict[str, Any] = {}
         self.shapes: dict[str, list[int]] = {}
         self.dtypes: dict[str, str] = {}
-        for path in _safetensors_files(self.folder):
-            file = _open(path)
+        for path in weight_files(self.folder):
+            file = open_safetensors(path)
             for name in file.keys():  # noqa: SIM118  (not a dict: it has no __iter__)
                 part = file.get_slice(name)
                 self._files[name], self.shapes[name], self.dtypes[name] = file, part.get_shape(), part.get_dtype()
@@ -68,7 +68,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     replace_file(path, lambda temporary: save_file(owned, temporary, metadata={"format": "pt"}))
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights: one file or the shards of an index."""
     if not folder.is_dir():
         raise ValueError(f"no model folder at {folder}; give a local folder with config.json and safetensors")
@@ -76,6 +76,9 @@ def _safetensors_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
         shards = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        outside = [shard for shard in shards if Path(shard).name != shard]
+        if outside:
+            raise ValueError(f"{folder / INDEX} names shards outside its folder: {outside}")
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise ValueError(f"{folder / INDEX} names shards that are not there: {missing}")
@@ -89,7 +92,8 @@ def _safetensors_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} has no weights; expected {SINGLE} or {INDEX} with its shards")
 
 
-def _open(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """A safetensors file, mapped; its header is checked against the file's size."""
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
