@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from anabranch_kernels.geometric_median.op import MAX_ITER, centred_gram, combine
-from anabranch_kernels.geometric_median.solve import solve
+from anabranch_kernels.geometric_median.solve import Solution, solve
 
 Rule = Callable[[Tensor], Tensor]  # Gram matrix [N, N] -> coefficients [N]
 Mix = Callable[[Tensor], Tensor]  # Gram matrix [N, N] -> rows [M, N] of coefficients, of M new points
@@ -63,10 +63,17 @@ def geometric_median(gram: Tensor, weights: Tensor | None = None, *, tol: float 
 
     Raises RuntimeError where rounding keeps the bound above tol.
     """
-    solution = solve(gram[None], _weights(gram, weights)[None], tol=tol, max_steps=100, resolution=2.0**-52)
+    return solve_median(gram, weights, tol=tol).coefficients[0]
+
+
+def solve_median(
+    gram: Tensor, weights: Tensor | None = None, *, tol: float = 1e-6, resolution: float = 2.0**-52
+) -> Solution:
+    """The same with its bound and status, each [1]. resolution: relative rounding of the entries of `gram`."""
+    solution = solve(gram[None], _weights(gram, weights)[None], tol=tol, max_steps=100, resolution=resolution)
     if solution.status.item() == MAX_ITER:
         raise RuntimeError(f"no geometric median within {tol}: the bound is {solution.gap.item():.1e}")
-    return solution.coefficients[0]
+    return solution
 
 
 def medoid(gram: Tensor, weights: Tensor | None = None) -> Tensor:
