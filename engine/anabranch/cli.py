@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from anabranch.aggregate import command as aggregate
 from anabranch.bench import command as bench
 from anabranch.convert import command as convert
 from anabranch.federated import demo_command as demo
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
   anabranch serve ./Qwen3-0.6B --port 8080
   anabranch train-lm --help                        train a small DiffQKV model on text files
   anabranch convert --help                         fewer K heads for a Llama, Mistral or Qwen2 checkpoint
+  anabranch aggregate --help                       robust rules over many clients' safetensors files
   anabranch bench attention --quick                kernels against torch and this machine's bandwidth
   anabranch demo robust                            20 clients learn to read digits, 6 of them hostile
 """
@@ -31,6 +33,7 @@ COMMANDS = (
     ("serve", "answer OpenAI's HTTP API over a model folder", serve),
     ("train-lm", "train a small byte-level DiffQKV model on text files", train_lm),
     ("convert", "merge the K heads of a checkpoint, measure what it costs and heal it", convert),
+    ("aggregate", "one safetensors file from many clients' by a robust rule", aggregate),
     ("bench", "measure kernels and the engine beside their peers", bench),
     ("demo", "show in some seconds what robust aggregation is good for", demo),
 )

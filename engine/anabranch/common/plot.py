@@ -1,13 +1,13 @@
-"""The loss curve of a run as a small PNG. Needs matplotlib: the optional extra `plot`."""
+"""Small PNGs: the loss of a run, the clients of an aggregation. Needs matplotlib: the optional extra `plot`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 try:
     from matplotlib.figure import Figure
 except ModuleNotFoundError as error:
-    raise ImportError("drawing the loss needs matplotlib: pip install 'anabranch[plot]'") from error
+    raise ImportError("drawing needs matplotlib: pip install 'anabranch[plot]'") from error
 
 from anabranch.common.files import replace_file
 
@@ -31,4 +31,27 @@ def draw_loss(log: Path, path: Path, curves: Mapping[str, str], *, x: str, y: st
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
+
+
+def draw_clients(
+    path: Path, names: Sequence[str], values: Sequence[float], pairwise: Sequence[Sequence[float]], *, label: str
+) -> None:
+    """Draw one bar per client, and the distances between all pairs of them as a heat map, into a PNG.
+
+    values, pairwise   NaN where nothing is known
+    label              of the bars
+    """
+    size = min(12.0, 3.0 + 0.25 * len(names))
+    figure = Figure(figsize=(2 * size, size), layout="constrained")
+    bars, map_ = figure.subplots(1, 2)
+    ticks = range(len(names))
+    bars.barh(ticks, values, color="tab:blue")
+    bars.set_xlabel(label)
+    bars.invert_yaxis()
+    image = map_.imshow(pairwise, cmap="viridis")
+    map_.set_xticks(ticks, [])
+    figure.colorbar(image, ax=map_, label="distance", shrink=0.8)
+    for axes, labels in ((bars, names), (map_, [""] * len(names))):
+        axes.set_yticks(ticks, labels, fontsize="small")
     replace_file(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))

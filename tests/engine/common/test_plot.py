@@ -1,0 +1,10 @@
+"""Pictures appear, whatever is unknown in them."""
+
+from anabranch.common.plot import draw_clients
+
+
+def test_clients_are_drawn(tmp_path):
+    unknown = float("nan")
+    distances = [[0.0, 1.0, unknown], [1.0, 0.0, unknown], [unknown] * 3]
+    draw_clients(tmp_path / "x.png", ["a", "b", "c"], [0.5, 0.5, unknown], distances, label="weight")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
