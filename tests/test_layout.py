@@ -17,7 +17,8 @@ OPS = sorted(path.parent.name for path in KERNELS.glob("*/op.py"))
 # Inside the engine each floor imports from those before it; every other folder is a family, and families stand alone.
 LOWER = ("common", "data", "models")
 SHARED_ON_TOP = ("labels", "adapters", "aggregate")
-PUBLIC = ("LLM", "SamplingParams")  # bench calls the engine as anybody would
+# bench calls the engine as anybody would
+PUBLIC = ("LLM", "SamplingParams", "AggregateMethod", "AggregateOptions", "aggregate_files")
 
 
 def modules(folder: Path) -> list[Path]:

@@ -6,16 +6,31 @@ from typing import TYPE_CHECKING
 from anabranch.version import __version__
 
 if TYPE_CHECKING:
+    from anabranch.aggregate.job import aggregate_files, aggregate_tensors
+    from anabranch.aggregate.settings import AggregateMethod, AggregateOptions
     from anabranch.serve.llm import LLM
     from anabranch.serve.request import SamplingParams
     from anabranch.serve.structured import StructuredOutput
 
-__all__ = ["LLM", "SamplingParams", "StructuredOutput", "__version__"]
+__all__ = [
+    "LLM",
+    "AggregateMethod",
+    "AggregateOptions",
+    "SamplingParams",
+    "StructuredOutput",
+    "__version__",
+    "aggregate_files",
+    "aggregate_tensors",
+]
 
 _HOMES = {  # loaded on first use (PEP 562)
+    "AggregateMethod": "anabranch.aggregate.settings",
+    "AggregateOptions": "anabranch.aggregate.settings",
     "LLM": "anabranch.serve.llm",
     "SamplingParams": "anabranch.serve.request",
     "StructuredOutput": "anabranch.serve.structured",
+    "aggregate_files": "anabranch.aggregate.job",
+    "aggregate_tensors": "anabranch.aggregate.job",
 }
 
 

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anabranch.aggregate.settings import MIXES, RULES, Method, Options
+from anabranch.aggregate.settings import MIXES, RULES, AggregateMethod, AggregateOptions
 
 if TYPE_CHECKING:
     from anabranch.aggregate.report import Report
 
 MODES = ("whole", "per-tensor")
-PARAMETERS: dict[str, tuple[Callable[[str], Any], str]] = {  # fields of Method
+PARAMETERS: dict[str, tuple[Callable[[str], Any], str]] = {  # fields of AggregateMethod
     "f": (int, "clients that may send anything"),
     "tol": (float, "bound that the geometric median must reach (default: 1e-6)"),
     "neighbours": (int, "that count in a Krum score (default: N - f - 2)"),
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Aggregate, and say who weighed what; 130 after Ctrl-C."""
-    method = Method(
+    method = AggregateMethod(
         rule=args.rule,
         pre=tuple(args.pre),
         weights=None if args.weights is None else read_weights(args.weights, args.clients),
@@ -83,7 +83,9 @@ def run(args: argparse.Namespace) -> int:
         root=_index(args.root, args.clients, "--root"),
         **{name: getattr(args, name) for name in PARAMETERS},
     )
-    options = Options(per_tensor=args.mode == "per-tensor", non_finite=args.non_finite, distances=args.distances)
+    options = AggregateOptions(
+        per_tensor=args.mode == "per-tensor", non_finite=args.non_finite, distances=args.distances
+    )
     _check_outputs(args)
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {args.threads}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from anabranch.aggregate.files import SafetensorsFiles
 from anabranch.aggregate.report import Report
-from anabranch.aggregate.settings import Method, Options
+from anabranch.aggregate.settings import AggregateMethod, AggregateOptions
 from anabranch.aggregate.sources import NamedTensors, Sharded, Source
 from anabranch.aggregate.sweep import Progress, aggregate_source
 from anabranch.common.files import replace_file
@@ -17,8 +17,8 @@ from anabranch.common.tensor_file import tensor_writer
 
 def aggregate_tensors(
     clients: Sequence[Mapping[str, Tensor]],
-    method: Method,
-    options: Options | None = None,
+    method: AggregateMethod,
+    options: AggregateOptions | None = None,
     *,
     base: Mapping[str, Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
@@ -41,14 +41,14 @@ def aggregate_tensors(
     def write(name: str, begin: int, values: Tensor) -> None:
         flat[name][begin : begin + len(values)] = values
 
-    return results, aggregate_source(source, method, write, options or Options())
+    return results, aggregate_source(source, method, write, options or AggregateOptions())
 
 
 def aggregate_files(
     clients: Sequence[str | Path],
     out: str | Path,
-    method: Method,
-    options: Options | None = None,
+    method: AggregateMethod,
+    options: AggregateOptions | None = None,
     *,
     base: str | Path | None = None,
     progress: Progress = lambda *_: None,
@@ -73,7 +73,7 @@ def aggregate_files(
     def fill(temporary: Path) -> None:
         tensors = {entry.name: (entry.dtype, entry.shape) for entry in source.entries}
         with tensor_writer(temporary, tensors, {**source.metadata, "format": "pt"}) as write:
-            reports.append(aggregate_source(source, method, write, options or Options(), progress))
+            reports.append(aggregate_source(source, method, write, options or AggregateOptions(), progress))
 
     replace_file(out, fill)
     return reports[0]

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from anabranch.aggregate import mixes, rules
 from anabranch.aggregate.rules import Mix, Rule
-from anabranch.aggregate.settings import Method
+from anabranch.aggregate.settings import AggregateMethod
+from anabranch_kernels.coordinate_rules.op import (
+    coordinate_median,
+    mean_around_median,
+    phocas,
+    sign_majority,
+    trimmed_mean,
+)
 from anabranch_kernels.geometric_median.op import STATUS
 
 Coordinates = Callable[[Tensor], Tensor]  # points [1, M, d] -> [1, d]
@@ -31,7 +38,7 @@ class Decision(NamedTuple):
     status: str | None = None
 
 
-def decide(method: Method, gram: Tensor, *, resolution: float) -> Decision:
+def decide(method: AggregateMethod, gram: Tensor, *, resolution: float) -> Decision:
     """What to do with N clients whose products are `gram` [N, N] float64.
 
     resolution   relative rounding of its entries
@@ -57,14 +64,14 @@ def decide(method: Method, gram: Tensor, *, resolution: float) -> Decision:
     return Decision(coefficients[None] @ rows)
 
 
-def try_out(method: Method, N: int) -> None:
+def try_out(method: AggregateMethod, N: int) -> None:
     """ValueError for options that do not fit N clients: they are tried on unit vectors, before anything is read."""
     decision, finish = decide(method, torch.eye(N, dtype=torch.float64), resolution=0.0), finish_of(method)
     if finish is not None:
         finish(torch.zeros(1, len(decision.rows), 1))
 
 
-def _mix(m: Method, name: str) -> Mix:
+def _mix(m: AggregateMethod, name: str) -> Mix:
     if name == "bucketing":
         assert m.bucket is not None
         generator = torch.Generator().manual_seed(m.seed or 0)
@@ -76,7 +83,7 @@ def _mix(m: Method, name: str) -> Mix:
     return partial(mixes.nearest_neighbour_mixing if name == "nnm" else mixes.adaptive_clipping, f=m.f)
 
 
-def _rule(m: Method, weights: Tensor | None) -> Rule:
+def _rule(m: AggregateMethod, weights: Tensor | None) -> Rule:
     f = m.f or 0  # checked to be there where it is needed
     table: dict[str, Rule] = {
         "mean": partial(rules.mean, weights=weights),
@@ -104,19 +111,17 @@ def _clipping_from_base(gram: Tensor, radius: float, steps: int) -> Tensor:
     return rules.centred_clipping(wider, N, radius, steps=steps)[:N]
 
 
-def finish_of(m: Method) -> Coordinates | None:
+def finish_of(m: AggregateMethod) -> Coordinates | None:
     """The rule of coordinates in the end, if there is one."""
     if m.rule != "bulyan" and not m.by_coordinate:
         return None
-    from anabranch_kernels.coordinate_rules import op
-
     f = m.f or 0
     table: dict[str, Coordinates] = {
-        "coordinate-median": op.coordinate_median,
-        "trimmed-mean": partial(op.trimmed_mean, f=f),
-        "mean-around-median": partial(op.mean_around_median, f=f),
-        "phocas": partial(op.phocas, f=f),
-        "sign-majority": lambda points: op.sign_majority(points) * (1.0 if m.step is None else m.step),
-        "bulyan": partial(op.mean_around_median, f=2 * f),
+        "coordinate-median": coordinate_median,
+        "trimmed-mean": partial(trimmed_mean, f=f),
+        "mean-around-median": partial(mean_around_median, f=f),
+        "phocas": partial(phocas, f=f),
+        "sign-majority": lambda points: sign_majority(points) * (1.0 if m.step is None else m.step),
+        "bulyan": partial(mean_around_median, f=2 * f),
     }
     return table[m.rule]

@@ -38,8 +38,8 @@ AROUND_BASE = frozenset(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
-    """A rule with the steps before it. Options that are None have their defaults, if they have any.
+class AggregateMethod:
+    """A rule with the steps before it. AggregateOptions that are None have their defaults, if they have any.
 
     rule         of RULES
     pre          of MIXES, in the order in which they are done
@@ -126,7 +126,7 @@ class Method:
             if index is not None and not 0 <= index < N:
                 raise ValueError(f"{name} must be the index of one of {N} clients, got {index}")
 
-    def without(self, dropped: Sequence[int], N: int) -> "Method":
+    def without(self, dropped: Sequence[int], N: int) -> "AggregateMethod":
         """The method for those of N clients that are left. Raises ValueError where nothing is left to stand on."""
         kept = [i for i in range(N) if i not in set(dropped)]
         if not kept:
@@ -148,7 +148,7 @@ class Method:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class AggregateOptions:
     """How a method is applied.
 
     per_tensor  each tensor by itself, instead of all numbers of a client as one vector

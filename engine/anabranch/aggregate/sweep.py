@@ -20,7 +20,7 @@ from torch import Tensor
 from anabranch.aggregate.method import Coordinates, Decision, decide, finish_of, try_out
 from anabranch.aggregate.report import Certificate, Report
 from anabranch.aggregate.rules import squared_distances
-from anabranch.aggregate.settings import Method, Options
+from anabranch.aggregate.settings import AggregateMethod, AggregateOptions
 from anabranch.aggregate.sources import Chosen, Source, Tile
 from anabranch.common.tensor_file import Write
 from anabranch_kernels.geometric_median.op import DTYPES, MAGNIFIED, centred_gram, combine, resolution
@@ -31,7 +31,11 @@ Progress = Callable[[str, int, int], object]  # name of the sweep, bytes read in
 
 @torch.no_grad()
 def aggregate_source(
-    source: Source, method: Method, write: Write, options: Options, progress: Progress = lambda *_: None
+    source: Source,
+    method: AggregateMethod,
+    write: Write,
+    options: AggregateOptions,
+    progress: Progress = lambda *_: None,
 ) -> Report:
     """One set of tensors from N clients', handed to `write(name, begin, values)` in pieces, maybe more than once.
 
@@ -43,7 +47,9 @@ def aggregate_source(
 class _Job:
     """One aggregation: which clients are left, and what was read so far."""
 
-    def __init__(self, source: Source, method: Method, write: Write, options: Options, progress: Progress) -> None:
+    def __init__(
+        self, source: Source, method: AggregateMethod, write: Write, options: AggregateOptions, progress: Progress
+    ) -> None:
         self.source, self.asked, self.write, self.options, self.progress = source, method, write, options, progress
         self.N, self.entries = len(source.clients), source.entries
         method.check(self.N)
@@ -232,7 +238,7 @@ def _gram(rows: Tensor, centre: Tensor | None) -> Tensor:
     return centred_gram(rows[None], None if centre is None else centre[None])[0].double().cpu()
 
 
-def _sum(tile: Tile, rows: Tensor, method: Method) -> Tensor:
+def _sum(tile: Tile, rows: Tensor, method: AggregateMethod) -> Tensor:
     """Centred, since coefficients as float32 do not sum to one exactly: at the base, or at the heaviest client."""
     if not len(tile.rows):  # nobody weighs anything
         return torch.zeros_like(tile.rows[:0].sum(0)) if tile.base is None else tile.base

@@ -1,11 +1,13 @@
 """`anabranch bench KIND`: measure, print the table, write what was asked for."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from anabranch.bench.aggregate import FilesReport
     from anabranch.bench.report import Report, Table
     from anabranch.bench.serve import ServeReport
     from anabranch.bench.timing import Roofs, Sample
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_coordinate_rules(
         _add_kind(kinds, "coordinate-rules", "medians and trimmed means beside torch's sort and ByzFL")
     )
+    _add_aggregate(_add_kind(kinds, "aggregate", "clients' files beside a copy of the same bytes", plot=False))
     _add_engine(_add_kind(kinds, "engine", "a 315M-parameter Llama beside transformers and llama.cpp"))
     _add_serve(_add_kind(kinds, "serve", "the HTTP server under load beside the engine without it", plot=False))
 
@@ -43,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         reports.check_plot_library()
     args.repeats = 3 if args.quick else args.repeats
-    report: Table = _serve(args) if args.kind == "serve" else _measure(args)
+    kinds: dict[str, Callable[[argparse.Namespace], Table]] = {"serve": _serve, "aggregate": _aggregate}
+    report = kinds.get(args.kind, _measure)(args)
     print(reports.to_text(report))
     reports.save(report, json_path=args.json, markdown_path=args.markdown, plot_path=args.plot)
     return 0
@@ -106,6 +110,18 @@ def _add_coordinate_rules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--elements", type=int, help="of all vectors together (default: 80 million)")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="(default: all)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the vectors (%(default)s)")
+
+
+def _add_aggregate(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  anabranch bench aggregate --repeats 5
+  anabranch bench aggregate --clients 32 --dtype bfloat16 --megabytes 2500 --cold
+"""
+    parser.add_argument("--clients", type=int, nargs="+", default=[8, 32], help="how many files (%(default)s)")
+    parser.add_argument("--megabytes", type=int, default=2000, help="of all files together (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the tensors (%(default)s)")
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before every call")
+    parser.add_argument("--folder", type=Path, help="where the files are made for the time being (default: /tmp's)")
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
@@ -259,5 +275,28 @@ def _serve(args: argparse.Namespace) -> "ServeReport":
         torch.set_num_threads(threads)
         measured = tuple(serve.measure(steps, urls))
         return serve.ServeReport(title="Serving random weights", machine=machine.describe(), measured=measured)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _aggregate(args: argparse.Namespace) -> "FilesReport":
+    import torch
+
+    from anabranch.bench import aggregate, machine
+
+    if min(args.clients) < 7 or args.megabytes < 1:
+        raise ValueError(f"--clients must be at least 7 and --megabytes 1, got {args.clients} and {args.megabytes}")
+    total = 1_000_000 if args.quick else args.megabytes * 1_000_000
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(args.threads or max(1, before - 1))  # one more reads
+        samples = [
+            sample
+            for N in args.clients
+            for sample in aggregate.measure_files(
+                N, total, dtype=getattr(torch, args.dtype), repeats=args.repeats, cold=args.cold, folder=args.folder
+            )
+        ]
+        return aggregate.FilesReport(title="Aggregation of files", machine=machine.describe(), samples=tuple(samples))
     finally:
         torch.set_num_threads(before)

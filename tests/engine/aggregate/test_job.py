@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from anabranch.aggregate import sources
 from anabranch.aggregate.job import aggregate_files, aggregate_tensors
-from anabranch.aggregate.settings import Method, Options
+from anabranch.aggregate.settings import AggregateMethod, AggregateOptions
 
 METHODS = [
-    Method(rule="mean"),
-    Method(),
-    Method(rule="krum", f=2),
-    Method(rule="coordinate-median"),
-    Method(rule="phocas", pre=("nnm",), f=2),
-    Method(rule="centred-clipping", radius=3.0),
+    AggregateMethod(rule="mean"),
+    AggregateMethod(),
+    AggregateMethod(rule="krum", f=2),
+    AggregateMethod(rule="coordinate-median"),
+    AggregateMethod(rule="phocas", pre=("nnm",), f=2),
+    AggregateMethod(rule="centred-clipping", radius=3.0),
 ]
 
 
@@ -33,7 +33,7 @@ METHODS = [
 def test_files_give_the_bits_that_memory_gives(method, per_tensor, make_clients, save, tmp_path):
     clients = make_clients(9)
     (base,) = make_clients(1, seed=3)
-    options, out = Options(per_tensor=per_tensor), tmp_path / "new" / "out.safetensors"
+    options, out = AggregateOptions(per_tensor=per_tensor), tmp_path / "new" / "out.safetensors"
     with patch.object(sources, "TILE_BYTES", 50_000):
         wanted, known = aggregate_tensors(clients, method, options, base=base)
         report = aggregate_files(save(clients), out, method, options, base=save([base], "base")[0])
@@ -51,7 +51,7 @@ def test_progress_counts_every_byte(make_clients, save, tmp_path):
     steps = []
     with patch.object(sources, "TILE_BYTES", 50_000):
         report = aggregate_files(
-            save(make_clients(5)), tmp_path / "out", Method(), progress=lambda *step: steps.append(step)
+            save(make_clients(5)), tmp_path / "out", AggregateMethod(), progress=lambda *step: steps.append(step)
         )
     sweeps = {name: [(done, total) for sweep, done, total in steps if sweep == name] for name in ("products", "result")}
     assert all(len(sweep) > 3 and sweep[-1][0] == sweep[-1][1] for sweep in sweeps.values())
@@ -69,7 +69,7 @@ def test_whatever_ends_the_work_leaves_what_was_there(error, make_clients, save,
             raise error
 
     with pytest.raises(error if isinstance(error, type) else type(error)):
-        aggregate_files(paths, folder / "out", Method(), progress=fail)
+        aggregate_files(paths, folder / "out", AggregateMethod(), progress=fail)
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("out", "before")]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 
@@ -79,12 +79,12 @@ def test_bad_clients_leave_nothing(make_clients, save, tmp_path):
     clients[1]["vector"][7] = torch.nan
     paths, folder = save(clients), tmp_path / "results"
     with pytest.raises(ValueError, match=r"not finite: .*client-01.safetensors in vector"):
-        aggregate_files(paths, folder / "out", Method(rule="mean"))
+        aggregate_files(paths, folder / "out", AggregateMethod(rule="mean"))
     assert list(folder.iterdir()) == []
     with pytest.raises(ValueError, match="is one of the files to read"):
-        aggregate_files(paths, paths[1], Method())
+        aggregate_files(paths, paths[1], AggregateMethod())
     with pytest.raises(ValueError, match="is a folder"):
-        aggregate_files(paths, tmp_path, Method())
+        aggregate_files(paths, tmp_path, AggregateMethod())
 
 
 def test_a_kill_leaves_no_result(make_clients, save, tmp_path):
@@ -93,12 +93,12 @@ def test_a_kill_leaves_no_result(make_clients, save, tmp_path):
     source = f"""
 import sys, time
 from anabranch.aggregate.job import aggregate_files
-from anabranch.aggregate.settings import Method
+from anabranch.aggregate.settings import AggregateMethod
 def stall(sweep, done, total):
     if sweep == "result":
         print("on", flush=True)
         time.sleep(600)
-aggregate_files({[str(path) for path in save(make_clients(3))]}, {str(out)!r}, Method(), progress=stall)
+aggregate_files({[str(path) for path in save(make_clients(3))]}, {str(out)!r}, AggregateMethod(), progress=stall)
 """
     with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "on\n"
@@ -114,7 +114,7 @@ import torch.distributed as dist
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from anabranch.aggregate.job import aggregate_tensors
-from anabranch.aggregate.settings import Method, Options
+from anabranch.aggregate.settings import AggregateMethod, AggregateOptions
 
 folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group("gloo", store=dist.FileStore(str(folder / "meet"), size), rank=rank, world_size=size)
@@ -123,23 +123,23 @@ cuts = json.loads((folder / "cuts.json").read_text())
 parts = [{name: x[cuts[name][rank] : cuts[name][rank + 1]] for name, x in client.items()} for client in clients]
 said = {}
 for name, method, options in [
-    ("mean", Method(rule="mean"), Options()),
-    ("krum", Method(rule="krum", f=2), Options()),
-    ("median", Method(), Options()),
-    ("tensors", Method(pre=("nnm",), f=2), Options(per_tensor=True)),
+    ("mean", AggregateMethod(rule="mean"), AggregateOptions()),
+    ("krum", AggregateMethod(rule="krum", f=2), AggregateOptions()),
+    ("median", AggregateMethod(), AggregateOptions()),
+    ("tensors", AggregateMethod(pre=("nnm",), f=2), AggregateOptions(per_tensor=True)),
 ]:
     tensors, report = aggregate_tensors(parts, method, options, group=dist.group.WORLD)
     save_file(tensors, folder / f"{name}-{rank}.safetensors")
     said[name] = report.to_json()
 if rank == 1:
     parts[3]["w"][5] = float("nan")  # only this process can see it
-for method in (Method(rule="mean"), Method()):
+for method in (AggregateMethod(rule="mean"), AggregateMethod()):
     try:
         aggregate_tensors(parts, method, group=dist.group.WORLD)
     except ValueError as error:
         said.setdefault("errors", []).append(str(error))
 try:
-    aggregate_tensors([{"v" if rank else "w": torch.zeros(2)}], Method(), group=dist.group.WORLD)
+    aggregate_tensors([{"v" if rank else "w": torch.zeros(2)}], AggregateMethod(), group=dist.group.WORLD)
 except ValueError as error:
     said["errors"].append(str(error))
 (folder / f"said-{rank}.json").write_text(json.dumps(said))
@@ -167,10 +167,10 @@ def test_processes_with_a_part_of_every_tensor_give_the_whole(size, cut, tmp_pat
     assert [rank.wait(timeout=240) for rank in ranks] == [0] * size
     said = [json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in range(size)]
     for name, method, options in (
-        ("mean", Method(rule="mean"), Options()),
-        ("krum", Method(rule="krum", f=2), Options()),
-        ("median", Method(), Options()),
-        ("tensors", Method(pre=("nnm",), f=2), Options(per_tensor=True)),
+        ("mean", AggregateMethod(rule="mean"), AggregateOptions()),
+        ("krum", AggregateMethod(rule="krum", f=2), AggregateOptions()),
+        ("median", AggregateMethod(), AggregateOptions()),
+        ("tensors", AggregateMethod(pre=("nnm",), f=2), AggregateOptions(per_tensor=True)),
     ):
         wanted, report = aggregate_tensors(clients, method, options)
         parts = [load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(size)]
@@ -195,4 +195,4 @@ def test_the_folder_of_a_checkpoint_is_not_overwritten(make_clients, tmp_path):
         save_file(client, folder / "model.safetensors")
     paths = [tmp_path / "0", tmp_path / "1"]
     with pytest.raises(ValueError, match="is one of the files to read"):
-        aggregate_files(paths, Path(tmp_path / "0" / "model.safetensors"), Method())
+        aggregate_files(paths, Path(tmp_path / "0" / "model.safetensors"), AggregateMethod())

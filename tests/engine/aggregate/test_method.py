@@ -8,14 +8,14 @@ from torch.testing import assert_close
 
 from anabranch.aggregate import mixes, rules
 from anabranch.aggregate.method import decide, finish_of, try_out
-from anabranch.aggregate.settings import RULES, Method
+from anabranch.aggregate.settings import RULES, AggregateMethod
 
 NEEDED = {"f": 1, "radius": 2.0, "own": 4, "root": 3, "bucket": 2, "clip": 3.0}
 
 
 def method_of(rule, pre=()):
     taken = {*RULES[rule], *(["f"] if "nnm" in pre else [])}
-    return Method(rule=rule, pre=pre, **{name: NEEDED[name] for name in taken if name in NEEDED})
+    return AggregateMethod(rule=rule, pre=pre, **{name: NEEDED[name] for name in taken if name in NEEDED})
 
 
 def cloud(N=9, D=30, seed=0):
@@ -52,7 +52,7 @@ def test_a_decision_is_the_rule_after_the_steps(rule, pre):
 
 def test_centred_clipping_starts_at_the_base():
     points = cloud()
-    rows = decide(Method(rule="centred-clipping", radius=2.0, steps=3), points @ points.T, resolution=0.0).rows
+    rows = decide(AggregateMethod(rule="centred-clipping", radius=2.0, steps=3), points @ points.T, resolution=0.0).rows
     v = torch.zeros(points.shape[1], dtype=points.dtype)
     for _ in range(3):
         apart = points - v
@@ -62,7 +62,7 @@ def test_centred_clipping_starts_at_the_base():
 
 def test_steps_follow_one_another():
     points = cloud()
-    method = Method(rule="coordinate-median", pre=("static-clipping", "bucketing"), clip=3.0, bucket=2, seed=5)
+    method = AggregateMethod(rule="coordinate-median", pre=("static-clipping", "bucketing"), clip=3.0, bucket=2, seed=5)
     rows = decide(method, points @ points.T, resolution=0.0).rows
     clipped = mixes.static_clipping(points @ points.T, 3.0) @ points
     buckets = mixes.bucketing(points @ points.T, 2, torch.Generator().manual_seed(5))
@@ -71,15 +71,15 @@ def test_steps_follow_one_another():
 
 def test_bulyan_selects_rows_for_a_rule_of_coordinates():
     points = cloud()
-    decision = decide(Method(rule="bulyan", f=1), points @ points.T, resolution=0.0)
+    decision = decide(AggregateMethod(rule="bulyan", f=1), points @ points.T, resolution=0.0)
     selected = rules.bulyan_selection(points @ points.T, 1) > 0
     assert torch.equal(decision.rows, torch.eye(9, dtype=torch.float64)[selected])
-    assert finish_of(Method(rule="bulyan", f=1)) is not None
+    assert finish_of(AggregateMethod(rule="bulyan", f=1)) is not None
 
 
 def test_a_median_carries_its_bound():
     points = cloud()
-    decision = decide(Method(weights=(1.0,) * 8 + (100.0,)), points @ points.T, resolution=0.0)
+    decision = decide(AggregateMethod(weights=(1.0,) * 8 + (100.0,)), points @ points.T, resolution=0.0)
     assert (decision.status, decision.gap) == ("anchor", 0.0)
     assert decision.rows[0].tolist() == [0.0] * 8 + [1.0]
 
@@ -92,17 +92,17 @@ def test_a_median_that_is_not_reached_is_refused(monkeypatch):
 
     monkeypatch.setattr(rules, "solve_median", fail)
     with pytest.raises(ValueError, match=r"the bound is 1.0e-15; a larger tol accepts it"):
-        decide(Method(tol=1e-300), torch.eye(3, dtype=torch.float64), resolution=0.0)
+        decide(AggregateMethod(tol=1e-300), torch.eye(3, dtype=torch.float64), resolution=0.0)
 
 
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        (Method(rule="krum", f=5), "2f < N, got f=5, N=9"),
-        (Method(rule="bulyan", f=2), r"N >= 4f \+ 3"),
-        (Method(rule="trimmed-mean", f=5), "2f < N, got f=5, N=9"),
-        (Method(rule="trimmed-mean", pre=("bucketing",), bucket=3, f=2), "2f < N, got f=2, N=3"),
-        (Method(pre=("bucketing",), bucket=0), "size=0"),
+        (AggregateMethod(rule="krum", f=5), "2f < N, got f=5, N=9"),
+        (AggregateMethod(rule="bulyan", f=2), r"N >= 4f \+ 3"),
+        (AggregateMethod(rule="trimmed-mean", f=5), "2f < N, got f=5, N=9"),
+        (AggregateMethod(rule="trimmed-mean", pre=("bucketing",), bucket=3, f=2), "2f < N, got f=2, N=3"),
+        (AggregateMethod(pre=("bucketing",), bucket=0), "size=0"),
     ],
 )
 def test_options_are_tried_before_anything_is_read(method, words):

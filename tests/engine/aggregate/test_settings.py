@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from anabranch.aggregate.settings import MIXES, RULES, Method, Options
+from anabranch.aggregate.settings import MIXES, RULES, AggregateMethod, AggregateOptions
 
 SOME = {
     "f": 1, "weights": (1.0, 2.0, 3.0), "tol": 1e-3, "neighbours": 2, "chosen": 2, "radius": 1.0, "steps": 2, "own": 0,
@@ -14,17 +14,17 @@ SOME = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_takes_its_options_and_no_others(rule):
-    Method(rule=rule, **{name: SOME[name] for name in RULES[rule]})
+    AggregateMethod(rule=rule, **{name: SOME[name] for name in RULES[rule]})
     needed = {name: SOME[name] for name in RULES[rule]}
     for name in SOME.keys() - set(RULES[rule]):
         with pytest.raises(ValueError, match=rf"{rule} takes .*; got {name} too"):
-            Method(rule=rule, **needed, **{name: SOME[name]})
+            AggregateMethod(rule=rule, **needed, **{name: SOME[name]})
 
 
 @pytest.mark.parametrize("step", MIXES)
 def test_a_step_takes_its_options_and_no_others(step):
-    Method(rule="medoid", pre=(step,), **{name: SOME[name] for name in MIXES[step]})
-    assert {field.name for field in fields(Method)} == {*SOME, "rule", "pre"}
+    AggregateMethod(rule="medoid", pre=(step,), **{name: SOME[name] for name in MIXES[step]})
+    assert {field.name for field in fields(AggregateMethod)} == {*SOME, "rule", "pre"}
 
 
 @pytest.mark.parametrize(
@@ -43,17 +43,17 @@ def test_a_step_takes_its_options_and_no_others(step):
 )
 def test_bad_methods_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        Method(**options)
+        AggregateMethod(**options)
 
 
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        (Method(weights=(1.0, 2.0)), "weights must be 3 finite numbers"),
-        (Method(weights=(1.0, -2.0, 3.0)), "not negative"),
-        (Method(weights=(0.0, 0.0, 0.0)), "some positive"),
-        (Method(weights=(1.0, float("nan"), 1.0)), "finite"),
-        (Method(rule="fltrust", root=3), "root must be the index of one of 3 clients, got 3"),
+        (AggregateMethod(weights=(1.0, 2.0)), "weights must be 3 finite numbers"),
+        (AggregateMethod(weights=(1.0, -2.0, 3.0)), "not negative"),
+        (AggregateMethod(weights=(0.0, 0.0, 0.0)), "some positive"),
+        (AggregateMethod(weights=(1.0, float("nan"), 1.0)), "finite"),
+        (AggregateMethod(rule="fltrust", root=3), "root must be the index of one of 3 clients, got 3"),
     ],
 )
 def test_methods_that_do_not_fit_the_clients_are_refused(method, words):
@@ -62,17 +62,17 @@ def test_methods_that_do_not_fit_the_clients_are_refused(method, words):
 
 
 def test_clients_that_are_dropped_count_among_f():
-    assert Method(rule="krum", f=2).without([1], 6) == Method(rule="krum", f=1)
-    assert Method(rule="fltrust", root=3).without([0, 1], 6) == Method(rule="fltrust", root=1)
-    assert Method(weights=(1.0, 2.0, 3.0)).without([1], 3) == Method(weights=(1.0, 3.0))
+    assert AggregateMethod(rule="krum", f=2).without([1], 6) == AggregateMethod(rule="krum", f=1)
+    assert AggregateMethod(rule="fltrust", root=3).without([0, 1], 6) == AggregateMethod(rule="fltrust", root=1)
+    assert AggregateMethod(weights=(1.0, 2.0, 3.0)).without([1], 3) == AggregateMethod(weights=(1.0, 3.0))
     with pytest.raises(ValueError, match="2 clients are not finite, and f=1 says that fewer may be bad"):
-        Method(rule="krum", f=1).without([0, 1], 9)
+        AggregateMethod(rule="krum", f=1).without([0, 1], 9)
     with pytest.raises(ValueError, match="root is client 1, which is not finite"):
-        Method(rule="fltrust", root=1).without([1], 9)
+        AggregateMethod(rule="fltrust", root=1).without([1], 9)
     with pytest.raises(ValueError, match="no client is left"):
-        Method().without([0, 1], 2)
+        AggregateMethod().without([0, 1], 2)
 
 
 def test_options_are_checked():
     with pytest.raises(ValueError, match="non_finite must be 'raise' or 'drop', got 'keep'"):
-        Options(non_finite="keep")
+        AggregateOptions(non_finite="keep")

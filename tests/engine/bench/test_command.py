@@ -30,6 +30,17 @@ def test_a_quick_run_prints_a_table_and_writes_files(kind, tmp_path, capsys):
     assert all(path.stat().st_size > 0 for path in files.values())
 
 
+@pytest.mark.parametrize("options", [[], ["--cold", "--dtype", "bfloat16"]])
+def test_a_quick_run_over_files_compares_with_a_copy(options, tmp_path, capsys):
+    path = tmp_path / "table.json"
+    arguments = ["--quick", "--clients", "7", "--folder", str(tmp_path), "--json", str(path), *options]
+    assert main(["bench", "aggregate", *arguments]) == 0
+    samples = json.loads(path.read_text())["samples"]
+    assert [sample["contender"] for sample in samples][:2] == ["copy", "mean, no distances"]
+    assert all(len(sample["seconds"]) == 3 and sample["contender"] in capsys.readouterr().out for sample in samples[:1])
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--url", "x"], "--url must be NAME=http://"), (["--clients", "0"], "--clients must be at least 1")],
