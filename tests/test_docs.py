@@ -25,7 +25,9 @@ def run(arguments, *, cwd, **environment):
     return done.stdout
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/floors.md", "docs/writing-a-method.md", "docs/embedding.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/floors.md", "docs/writing-a-method.md", "docs/embedding.md", "docs/aggregating.md"]
+)
 def test_python_examples_run(page, tmp_path):
     examples = blocks(page, "python")
     assert examples

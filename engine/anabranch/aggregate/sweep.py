@@ -241,7 +241,7 @@ def _gram(rows: Tensor, centre: Tensor | None) -> Tensor:
 def _sum(tile: Tile, rows: Tensor, method: AggregateMethod) -> Tensor:
     """Centred, since coefficients as float32 do not sum to one exactly: at the base, or at the heaviest client."""
     if not len(tile.rows):  # nobody weighs anything
-        return torch.zeros_like(tile.rows[:0].sum(0)) if tile.base is None else tile.base
+        return torch.zeros_like(tile.rows[:0].sum(0)) if tile.base is None else tile.base.clone()
     heaviest = method.needs_products and not method.around_base
     centre = tile.rows[int(rows[0].argmax())] if heaviest else tile.base
     return combine(tile.rows[None], rows.to(tile.rows.device), None if centre is None else centre[None])[0]

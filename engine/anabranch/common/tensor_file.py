@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -60,7 +61,8 @@ def tensor_writer(
     """Write a safetensors file piece by piece: `write(name, begin, values)` puts [n] values at `begin` of a tensor.
 
     Tensors of wider dtypes come first, so that each lies at a multiple of its own size; apart from that in the order
-    given. What is never written is zero.
+    given. What is never written is zero. Values are put down by a thread while the next are made, and must stay as they
+    are until then; what went wrong is raised by the next call, or in the end.
     """
     header: dict[str, object] = {METADATA: dict(metadata)}
     places, end = {}, 0
@@ -75,11 +77,20 @@ def tensor_writer(
         file.truncate(start + end)
         file.flush()
 
-        def write(name: str, begin: int, values: Tensor) -> None:
-            left = values.contiguous().view(torch.uint8).numpy().data
-            offset = start + places[name] + begin * values.element_size()
+        def put(left: memoryview, offset: int) -> None:
             while left:
                 written = os.pwrite(file.fileno(), left, offset)
                 left, offset = left[written:], offset + written
 
-        yield write
+        with ThreadPoolExecutor(1, "write-behind") as writer:
+            pending: list[Future[None]] = []
+
+            def write(name: str, begin: int, values: Tensor) -> None:
+                offset = start + places[name] + begin * values.element_size()
+                pending.append(writer.submit(put, values.contiguous().view(torch.uint8).numpy().data, offset))
+                if len(pending) > 1:
+                    pending.pop(0).result()
+
+            yield write
+            for last in pending:
+                last.result()

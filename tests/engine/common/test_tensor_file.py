@@ -77,3 +77,19 @@ def test_a_file_cut_short_and_one_that_overlaps_are_refused(tmp_path):
         read_header(path)
     with pytest.raises(FileNotFoundError, match=r"there is no file .*y\.safetensors"):
         read_header(tmp_path / "y.safetensors")
+
+
+def test_what_went_wrong_behind_ones_back_is_raised(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", fail)
+
+    def fill(writes):
+        with tensor_writer(tmp_path / "x", {"w": (torch.float32, (4,))}, {}) as write:
+            for at in range(writes):
+                write("w", at, torch.ones(1))
+
+    for writes in (1, 3):
+        with pytest.raises(OSError, match="No space left"):
+            fill(writes)
