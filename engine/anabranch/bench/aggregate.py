@@ -25,7 +25,7 @@ HEADER = ("case", "contender", "s", "best", "GB/s", "reads", "time / copy", "pea
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilesSample:
-    """One contender over N files of `bytes` in all. peak: of the process's memory."""
+    """One contender over N files of `bytes` in all. peak: of the process's memory until then."""
 
     case: str
     contender: str
@@ -141,13 +141,12 @@ def _aggregate(paths: list[Path], out: Path, method: AggregateMethod, options: A
 
 
 def _timed(step: Callable[[], int], paths: list[Path], out: Path, cold: bool) -> tuple[float, int, int]:
-    """Seconds, bytes read and the most memory that the process had."""
+    """Seconds, bytes read and the most memory that the process had until then."""
     out.unlink(missing_ok=True)
     if cold:
         for path in paths:
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
     start = time.perf_counter()
     count = step()
     seconds = time.perf_counter() - start
