@@ -28,7 +28,7 @@ _quantise = define(
     reference=reference.quantise,
     fake=lambda x, dither, field, clip, fraction_bits: (
         x.new_empty(x.shape, dtype=FIELDS[field].dtype),
-        x.new_empty((), dtype=torch.int64),
+        x.new_empty(2, dtype=torch.int64),
     ),
 )
 
@@ -42,6 +42,12 @@ _accept = define(
     "field_accept(Tensor stream, str field) -> Tensor",
     reference=reference.accept,
     fake=lambda stream, field: stream.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=FIELDS[field].dtype),
+)
+
+_transform = define(
+    "field_transform(Tensor values, int clients, int order, int coset_order, str field) -> Tensor",
+    reference=reference.transform,
+    fake=lambda values, clients, order, coset_order, field: values.new_empty(clients, values.shape[1]),
 )
 
 _multiply = define(
@@ -59,16 +65,18 @@ def quantise(x: Tensor, field: Field, fixed_point: FixedPoint, *, dither: Tensor
              unbiased; None rounds to the nearest, half to even
     returns  elements of that shape, field.dtype: v as v, -v as p - v; the number of clipped ones
 
-    Raises ValueError for other dtypes and for NaN and Inf.
+    Raises ValueError for other dtypes, for NaN and Inf, and if `fixed_point` makes integers above (p - 1) / 2.
     """
     if not x.is_floating_point():
         raise ValueError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if dither is not None and (dither.shape != x.shape or dither.dtype != torch.float64 or dither.device != x.device):
         raise ValueError(f"dither must be {list(x.shape)} float64 on {x.device}, got {_what(dither)}")
-    if not bool(x.isfinite().all()):
-        raise ValueError(f"{int((~x.isfinite()).sum())} of {x.numel()} numbers are not finite")
-    out, clipped = _quantise(x, dither, field.name, fixed_point.clip, fixed_point.fraction_bits)
-    return out, int(clipped)
+    fixed_point.check_budget(field, 1)
+    out, counts = _quantise(x, dither, field.name, fixed_point.clip, fixed_point.fraction_bits)
+    clipped, not_finite = counts.tolist()
+    if not_finite:
+        raise ValueError(f"{not_finite} of {x.numel()} numbers are not finite")
+    return out, clipped
 
 
 def dequantise(elements: Tensor, field: Field, fixed_point: FixedPoint, *, total_weight: int = 1) -> Tensor:
@@ -124,6 +132,9 @@ def encode(values: Tensor, code: Code, *, method: str | None = None) -> Tensor:
         raise ValueError(f"method must be 'dense', 'transform' or None, got {method!r}")
     if method == "transform" and not code.has_transform:
         raise ValueError(f"field {code.field.name} has no transform for N={code.clients}, U={code.threshold}")
+    if method == "transform":
+        out: Tensor = _transform(values, code.clients, code.order, code.coset_order, code.field.name)
+        return out
     return multiply(matrix_of(encoding_matrix(code), code.field, values.device), values, code.field)
 
 

@@ -27,12 +27,25 @@ def multiply(matrix: Tensor, x: Tensor, field: str) -> Tensor:
     return elements(product, FIELDS[field], x.device)
 
 
+def transform(values: Tensor, clients: int, order: int, coset_order: int, field: str) -> Tensor:
+    """The shares of the first points of the coset: interpolate at the subgroup of `order`, evaluate; naive sums."""
+    f = FIELDS[field]
+    root, inverse = pow(f.generator, (f.p - 1) // order, f.p), pow(order, -1, f.p)
+    step = pow(f.generator, (f.p - 1) // coset_order, f.p)
+    powers = [[pow(root, -m * k, f.p) * inverse % f.p for k in range(values.shape[0])] for m in range(order)]
+    coefficients = np.array(powers, dtype=object) @ integers(values) % f.p
+    alpha = [f.generator * pow(step, j, f.p) % f.p for j in range(clients)]
+    evaluated = np.array([[pow(a, m, f.p) for m in range(order)] for a in alpha], dtype=object) @ coefficients
+    return elements(evaluated, f, values.device)
+
+
 def quantise(x: Tensor, dither: Tensor | None, field: str, clip: float, fraction_bits: int) -> tuple[Tensor, Tensor]:
+    """The elements, and two counts [2]: of numbers that were clipped, and of those that are not finite."""
     wide = x.detach().double().cpu()
-    clipped = (wide.abs() > clip).sum()
-    scaled = wide.clamp(-clip, clip) * 2.0**fraction_bits
+    counts = torch.stack([(wide.abs() > clip).sum(), (~wide.isfinite()).sum()])
+    scaled = wide.nan_to_num(0.0).clamp(-clip, clip) * 2.0**fraction_bits
     rounded = scaled.round() if dither is None else (scaled + dither.double().cpu()).floor()
-    return elements(np.frompyfunc(int, 1, 1)(rounded.numpy()), FIELDS[field], x.device), clipped.to(x.device)
+    return elements(np.frompyfunc(int, 1, 1)(rounded.numpy()), FIELDS[field], x.device), counts.to(x.device)
 
 
 def dequantise(x: Tensor, field: str, divisor: float) -> Tensor:
