@@ -18,6 +18,8 @@
 namespace py = pybind11;
 using namespace anabranch;
 
+void bind_field_coding(py::module_& m);  // field_coding.cpp
+
 namespace {
 
 const char* name_of(Isa isa) {
@@ -142,4 +144,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("combine", &sum_of_rows);
   m.def("coordinate_rule", &coordinates);
   m.def("read_memory", &read_memory);
+  bind_field_coding(m);
 }

@@ -82,3 +82,13 @@ def coordinate_rule(
     threads: int,
 ) -> bool: ...
 def read_memory(data: int, bytes: int, isa: str, threads: int) -> float: ...
+def supported_field_isas() -> list[str]: ...
+def field_multiply(
+    field: int,
+    matrix: tuple[int, int, int],
+    x: tuple[int, int, int],
+    out: int,
+    sizes: tuple[int, int, int],
+    isa: str,
+    threads: int,
+) -> None: ...

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..library import define
-from . import reference
+from . import cpu, reference
 from .code import Code, decoding_matrix, encoding_matrix
 from .fields import BABYBEAR, F50, FIELDS, GOLDILOCKS, KOALABEAR, M31, Field, FixedPoint
 
@@ -53,6 +53,7 @@ _transform = define(
 _multiply = define(
     "field_multiply(Tensor matrix, Tensor x, str field) -> Tensor",
     reference=reference.multiply,
+    cpu=cpu.multiply,
     fake=lambda matrix, x, field: x.new_empty(matrix.shape[0], x.shape[1]),
 )
 

@@ -1,0 +1,45 @@
+// Field kernels for AVX-512 with IFMA.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "field_coding.h"
+
+// What is not ours alone comes first: only templates whose types name the instruction set may be compiled for it.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512ifma,avx2"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512ifma,avx2")
+#endif
+
+#include "field_sums_ifma.h"
+#include "field_kernels_of.h"
+
+namespace anabranch {
+namespace {
+
+struct Level {
+  using Of31 = IfmaSums31;
+  using Of50 = IfmaSums50;
+  using Of64 = IfmaSums64;
+};
+
+}  // namespace
+
+const FieldKernels& field_avx512_ifma_kernels() {
+  static constexpr FieldKernels kernels = field_kernels_of<Level>();
+  return kernels;
+}
+
+}  // namespace anabranch
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,21 @@
+// Field kernels in plain C++, for any CPU.
+#include "field_kernels_of.h"
+#include "field_sums_generic.h"
+
+namespace anabranch {
+namespace {
+
+struct Level {
+  using Of31 = WideSums<Prime31>;
+  using Of50 = WideSums<Prime50>;
+  using Of64 = WideSums<Prime64>;
+};
+
+}  // namespace
+
+const FieldKernels& field_generic_kernels() {
+  static constexpr FieldKernels kernels = field_kernels_of<Level>();
+  return kernels;
+}
+
+}  // namespace anabranch
