@@ -228,23 +228,26 @@ class ProductKernel {
     const int64_t step = vectors_kept() * W, terms = u1 - u0;
     for (int64_t tile = begin; tile < end; tile += step) {
       const int64_t width = std::min(step, end - tile), vectors = (width + W - 1) / W;
+      const int64_t whole_rows = c_.M / kRows * kRows;
       for (int64_t u = 0; u < terms; ++u) keep_row(u0 + u, tile, width, scratch + u * A::kWords, terms * A::kWords);
-      for (int64_t v = 0; v < vectors; v += 4) {
-        const uint64_t* factors = f;
-        each_block([&](int64_t row, int rows) {
-          for (int64_t w = v; w < std::min(v + 4, vectors);)
-            w += kept_block(rows, factors, terms, scratch + w * terms * A::kWords, row, tile + w * W, width - w * W,
-                            vectors - w, u0 == 0);
-          factors += rows * terms * A::kLimbs;
-        });
-      }
+      for (int64_t v = 0; v < vectors; ++v)  // its limbs stay in the first cache while the factors come from the second
+        for (int64_t row = 0; row < whole_rows; row += kRows)
+          kept_block(kRows, f + row * terms * A::kLimbs, terms, scratch + v * terms * A::kWords, row, tile + v * W,
+                     width - v * W, 1, u0 == 0);
+      if (whole_rows == c_.M) continue;
+      for (int64_t v = 0; v < vectors;)
+        v += kept_block(static_cast<int>(padded_rows() - whole_rows), f + whole_rows * terms * A::kLimbs, terms,
+                        scratch + v * terms * A::kWords, whole_rows, tile + v * W, width - v * W, vectors - v, u0 == 0);
     }
   }
 
   void keep_row(int64_t u, int64_t column, int64_t width, uint64_t* to, int64_t vector_words) const {
     const Element* row = static_cast<const Element*>(c_.x) + u * c_.x_row + column;
     int64_t k = 0;
-    for (; k + W <= width; k += W, to += vector_words) A::keep(a_.load(row + k), to);
+    for (; k + W <= width; k += W, to += vector_words) {
+      prefetch(row + k + width);  // of the next columns
+      A::keep(a_.load(row + k), to);
+    }
     if (k == width) return;
     Element some[W] = {};
     std::memcpy(some, row + k, (width - k) * sizeof(Element));

@@ -64,7 +64,9 @@ class Code:
 
     @property
     def has_transform(self) -> bool:
-        return 1 << self.field.two_adicity >= max(_power_of_two(self.clients), _power_of_two(self.threshold))
+        """M31 and F50, with subgroups of at most 4 points, never have one: their points follow one rule for all N."""
+        longest = 1 << self.field.two_adicity
+        return longest > 4 and longest >= max(_power_of_two(self.clients), _power_of_two(self.threshold))
 
     @property
     def beta(self) -> list[int]:
