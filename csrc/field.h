@@ -11,6 +11,7 @@ enum class Field : int { babybear = 0, koalabear = 1, m31 = 2, goldilocks = 3, f
 // twiddles are brought to it once, data never is.
 struct Prime31 {
   using Element = uint32_t;
+  static constexpr int bits = 31;
   uint32_t p;
   uint32_t inverse;  // of p, modulo 2^32
   uint32_t generator;
@@ -43,6 +44,7 @@ struct Prime31 {
 // 2^50 - 27
 struct Prime50 {
   using Element = uint64_t;
+  static constexpr int bits = 50;
   static constexpr uint64_t p = (uint64_t{1} << 50) - 27;
   static uint64_t add(uint64_t a, uint64_t b) { return a + b < a + b - p ? a + b : a + b - p; }
   static uint64_t reduce(unsigned __int128 s) {  // for s < 2^120
@@ -57,6 +59,7 @@ struct Prime50 {
 // 2^64 - 2^32 + 1: 2^64 = epsilon, 2^96 = -1
 struct Prime64 {
   using Element = uint64_t;
+  static constexpr int bits = 64;
   static constexpr uint64_t epsilon = 0xffffffffu, p = 0u - epsilon;
   static constexpr uint64_t generator = 7;
 
@@ -75,18 +78,20 @@ struct Prime64 {
     const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
     return reduce(static_cast<uint64_t>(product >> 64), static_cast<uint64_t>(product));
   }
+  static uint64_t to_factor(uint64_t a) { return a; }
 };
+
+inline const Prime31& prime31(Field field) {
+  static constexpr Prime31 babybear(2013265921u, 31), koalabear(2130706433u, 3), m31(2147483647u, 7);
+  return field == Field::babybear ? babybear : field == Field::koalabear ? koalabear : m31;
+}
 
 // Calls body with the arithmetic of one element of `field`.
 template <class Body>
 auto with_field(Field field, Body&& body) {
-  switch (field) {
-    case Field::babybear: return body(Prime31(2013265921u, 31));
-    case Field::koalabear: return body(Prime31(2130706433u, 3));
-    case Field::m31: return body(Prime31(2147483647u, 7));
-    case Field::goldilocks: return body(Prime64());
-    default: return body(Prime50());
-  }
+  if (field == Field::goldilocks) return body(Prime64());
+  if (field == Field::f50) return body(Prime50());
+  return body(prime31(field));
 }
 
 inline int64_t size_of(Field field) {

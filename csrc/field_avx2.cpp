@@ -6,29 +6,34 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
 #include "field_coding.h"
+#include "scalar.h"
 
 // What is not ours alone comes first: only templates whose types name the instruction set may be compiled for it.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,f16c")
 #endif
 
 #include "field_lanes_avx2.h"
-#include "field_sums.h"
 #include "field_kernels_of.h"
 
 namespace anabranch {
 namespace {
 
 struct Level {
+  using Lanes = Lanes256;
+  using Reals = Reals256;
   using Of31 = Sums31<Lanes256>;
   using Of50 = Sums50<Lanes256>;
   using Of64 = Sums64<Lanes256>;
+  using Roots31 = anabranch::Roots31<Lanes256>;
+  using Roots64 = anabranch::Roots64<Lanes256>;
 };
 
 }  // namespace

@@ -1,10 +1,44 @@
-// The same sums in plain C++: 128 bits, and for the largest prime the carries beyond them.
+// The same in plain C++: sums of 128 bits, and for the largest prime the carries beyond them.
 #pragma once
 
+#include <cmath>
+
 #include "field_sums.h"
+#include "scalar.h"
 
 namespace anabranch {
 namespace {
+
+struct Reals1 {
+  static constexpr int W = 1;
+  using R = double;
+
+  static R set(double x) { return x; }
+  static R load(const double* p) { return *p; }
+  template <class T>
+  static R load(const T* p) { return static_cast<double>(to_float(*p)); }
+  static void store(double* p, R a) { *p = a; }
+  static R mul(R a, R b) { return a * b; }
+  static R add(R a, R b) { return a + b; }
+  static R div(R a, R b) { return a / b; }
+  static R magnitude(R a) { return std::fabs(a); }
+  static R clamp(R a, R limit) { return a > limit ? limit : a < -limit ? -limit : a; }
+  static R nearest(R a) { return std::nearbyint(a); }
+  static R floor(R a) { return std::floor(a); }
+  static int64_t count_above(R a, R b) { return a > b; }
+  static int64_t count_not_below(R a, R b) { return !(a < b); }
+  template <class Element>
+  static void store_element(R a, Element p, Element* to) {
+    const int64_t v = static_cast<int64_t>(a);
+    *to = static_cast<Element>(v) + (p & (Element{0} - static_cast<Element>(static_cast<uint64_t>(v) >> 63)));
+  }
+  static R load_element(const uint32_t* from, uint32_t p) {
+    return static_cast<double>(static_cast<int32_t>(*from - (p & (0u - (*from > p / 2)))));
+  }
+  static R load_element(const uint64_t* from, uint64_t p) {
+    return static_cast<double>(static_cast<int64_t>(*from - (p & (0u - uint64_t{*from > p / 2}))));
+  }
+};
 
 template <class Prime>
 struct WideSums {

@@ -92,3 +92,26 @@ def field_multiply(
     isa: str,
     threads: int,
 ) -> None: ...
+def field_quantise(
+    field: int,
+    x: int,
+    type: int,
+    dither: int,
+    out: int,
+    size: int,
+    clip: float,
+    scale: float,
+    isa: str,
+    threads: int,
+) -> tuple[int, int]: ...
+def field_dequantise(field: int, x: int, out: int, size: int, divisor: float, isa: str, threads: int) -> None: ...
+def field_accept(field: int, stream: int, out: int, words: int, isa: str, threads: int) -> int: ...
+def field_transform(
+    field: int,
+    x: int,
+    x_row: int,
+    out: int,
+    sizes: tuple[int, int, int, int, int],
+    isa: str,
+    threads: int,
+) -> None: ...

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..memory import prefer_huge_pages
 from ..native import extension
+from .fields import FIELDS
 
-# csrc/field.h, enum Field
-_FIELDS = {"babybear": 0, "koalabear": 1, "m31": 2, "goldilocks": 3, "f50": 4}
+_FIELDS = {"babybear": 0, "koalabear": 1, "m31": 2, "goldilocks": 3, "f50": 4}  # csrc/field.h, enum Field
+_REALS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/field_coding.h, enum Real
 ISA: str = extension.supported_field_isas()[-1]
 _FEW = 16  # columns of x, with so many rows at least: lanes go along the rows of x
 
@@ -32,6 +33,46 @@ def multiply(matrix: Tensor, x: Tensor, field: str, isa: str = ISA) -> Tensor:
         _FIELDS[field], _place(matrix), _place(x), out.data_ptr(), sizes, isa, torch.get_num_threads()
     )
     return out
+
+
+def transform(values: Tensor, clients: int, order: int, coset_order: int, field: str, isa: str = ISA) -> Tensor:
+    values = _dense_rows(values)
+    U, L = values.shape
+    out = prefer_huge_pages(values.new_empty(clients, L))
+    sizes = (U, clients, L, order, coset_order)
+    extension.field_transform(
+        _FIELDS[field], values.data_ptr(), values.stride(0), out.data_ptr(), sizes, isa, torch.get_num_threads()
+    )
+    return out
+
+
+def quantise(
+    x: Tensor, dither: Tensor | None, field: str, clip: float, fraction_bits: int, isa: str = ISA
+) -> tuple[Tensor, Tensor]:
+    x, dither = x.contiguous(), None if dither is None else dither.contiguous()
+    out = prefer_huge_pages(torch.empty(x.shape, dtype=FIELDS[field].dtype))
+    counts = extension.field_quantise(
+        _FIELDS[field], x.data_ptr(), _REALS[x.dtype], 0 if dither is None else dither.data_ptr(), out.data_ptr(),
+        x.numel(), clip, 2.0**fraction_bits, isa, torch.get_num_threads(),
+    )  # fmt: skip
+    return out, torch.tensor(counts)
+
+
+def dequantise(x: Tensor, field: str, divisor: float, isa: str = ISA) -> Tensor:
+    x = x.contiguous()
+    out = prefer_huge_pages(torch.empty(x.shape, dtype=torch.float64))
+    threads = torch.get_num_threads()
+    extension.field_dequantise(_FIELDS[field], x.data_ptr(), out.data_ptr(), x.numel(), divisor, isa, threads)
+    return out
+
+
+def accept(stream: Tensor, field: str, isa: str = ISA) -> Tensor:
+    stream = stream.contiguous()
+    words = stream.numel() // FIELDS[field].bytes
+    out = prefer_huge_pages(torch.empty(words, dtype=FIELDS[field].dtype))
+    threads = torch.get_num_threads()
+    count = extension.field_accept(_FIELDS[field], stream.data_ptr(), out.data_ptr(), words, isa, threads)
+    return out[:count]
 
 
 def _dense_rows(x: Tensor) -> Tensor:

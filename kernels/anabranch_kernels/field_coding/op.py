@@ -26,6 +26,7 @@ __all__ = [
 _quantise = define(
     "field_quantise(Tensor x, Tensor? dither, str field, float clip, int fraction_bits) -> (Tensor, Tensor)",
     reference=reference.quantise,
+    cpu=cpu.quantise,
     fake=lambda x, dither, field, clip, fraction_bits: (
         x.new_empty(x.shape, dtype=FIELDS[field].dtype),
         x.new_empty(2, dtype=torch.int64),
@@ -35,18 +36,21 @@ _quantise = define(
 _dequantise = define(
     "field_dequantise(Tensor x, str field, float divisor) -> Tensor",
     reference=reference.dequantise,
+    cpu=cpu.dequantise,
     fake=lambda x, field, divisor: x.new_empty(x.shape, dtype=torch.float64),
 )
 
 _accept = define(
     "field_accept(Tensor stream, str field) -> Tensor",
     reference=reference.accept,
+    cpu=cpu.accept,
     fake=lambda stream, field: stream.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=FIELDS[field].dtype),
 )
 
 _transform = define(
     "field_transform(Tensor values, int clients, int order, int coset_order, str field) -> Tensor",
     reference=reference.transform,
+    cpu=cpu.transform,
     fake=lambda values, clients, order, coset_order, field: values.new_empty(clients, values.shape[1]),
 )
 
