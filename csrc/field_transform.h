@@ -107,7 +107,7 @@ class TransformKernel {
  public:
   TransformKernel(const TransformCall& call, const A& roots) : c_(call), a_(roots) {}
 
-  int64_t scratch_words() const { return (c_.coset_order * tile() * int64_t{sizeof(Element)} + 7) / 8 + 8; }
+  int64_t scratch_words() const { return (c_.coset_order * stride() * int64_t{sizeof(Element)} + 7) / 8 + 8; }
 
   void columns(const TransformRoots<Element>& roots, int64_t begin, int64_t end, uint64_t* scratch) const {
     Element* rows = reinterpret_cast<Element*>(scratch);
@@ -119,7 +119,7 @@ class TransformKernel {
       for (int64_t length = 2 * (c_.coset_order / c_.order); length <= c_.coset_order; length *= 2)
         up(rows, length, roots.forward.data(), vectors);
       for (int64_t n = 0; n < c_.N; ++n)
-        std::memcpy(static_cast<Element*>(c_.out) + n * c_.L + column, rows + n * tile(), width * sizeof(Element));
+        std::memcpy(static_cast<Element*>(c_.out) + n * c_.L + column, rows + n * stride(), width * sizeof(Element));
     }
   }
 
@@ -129,18 +129,25 @@ class TransformKernel {
     return std::clamp<int64_t>(row / W * W, W, 8 * W);
   }
 
+  // A vector more: rows that meet must not lie 4096 bytes apart, or loads wait for stores they have nothing to do with.
+  int64_t stride() const { return tile() + W; }
+
   void load(Element* rows, int64_t column, int64_t width) const {
     for (int64_t u = 0; u < c_.order; ++u) {
-      Element* to = rows + u * tile();
+      Element* to = rows + u * stride();
       const Element* from = static_cast<const Element*>(c_.x) + u * c_.x_row + column;
-      if (u < c_.U) std::memcpy(to, from, width * sizeof(Element));
+      if (u < c_.U) {
+        std::memcpy(to, from, width * sizeof(Element));
+        for (int64_t k = 0; k < width; k += 64 / sizeof(Element)) prefetch(from + width + k);  // the next tile
+      }
       std::fill(to + (u < c_.U ? width : 0), to + tile(), Element{0});
     }
   }
 
   // (a, b) -> (a + b, (a - b) root), pairs length / 2 apart
   [[gnu::noinline]] void down(Element* rows, int64_t length, const Element* roots, int64_t vectors) const {
-    const int64_t half = length / 2, step = c_.order / length, stride = tile();
+    const A a_ = this->a_;  // in registers: the rows that are written could alias it
+    const int64_t half = length / 2, step = c_.order / length, stride = this->stride();
     for (int64_t j = 0; j < half; ++j) {
       const auto factor = A::factor(roots[j * step]);
       for (int64_t row = j; row < c_.order; row += length) {
@@ -156,7 +163,8 @@ class TransformKernel {
 
   // (a, b) -> (a + b root, a - b root)
   [[gnu::noinline]] void up(Element* rows, int64_t length, const Element* roots, int64_t vectors) const {
-    const int64_t half = length / 2, step = c_.coset_order / length, stride = tile();
+    const A a_ = this->a_;
+    const int64_t half = length / 2, step = c_.coset_order / length, stride = this->stride();
     for (int64_t j = 0; j < half; ++j) {
       const auto factor = A::factor(roots[j * step]);
       for (int64_t row = j; row < c_.coset_order; row += length) {
@@ -171,7 +179,8 @@ class TransformKernel {
   }
 
   [[gnu::noinline]] void spread(Element* rows, const Element* twist, int64_t vectors) const {
-    const int64_t copies = c_.coset_order / c_.order, stride = tile();
+    const A a_ = this->a_;
+    const int64_t copies = c_.coset_order / c_.order, stride = this->stride();
     for (int64_t m = c_.order - 1; m >= 0; --m) {  // from the end, so that none is overwritten before it is read
       const auto factor = A::factor(twist[m]);
       for (int64_t v = 0; v < vectors * W; v += W) {
@@ -180,6 +189,8 @@ class TransformKernel {
       }
     }
   }
+
+  static void prefetch(const void* p) { asm volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(p))); }
 
   const TransformCall& c_;
   const A a_;
