@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "field_coding.h"
+#include "field_sums.h"
 
 namespace anabranch {
 namespace {
@@ -195,6 +196,7 @@ class ProductKernel {
 
   void write(const typename A::Y& y, int64_t row, int64_t column, int64_t width, bool first) const {
     Element* to = static_cast<Element*>(c_.out) + row * c_.L + column;
+    ask_to_write(to + W);  // where the next vector goes
     if (width >= W) return A::store(to, first ? y : a_.plus(A::again(to), y));
     if (width <= 0) return;
     Element some[W] = {};
@@ -217,7 +219,7 @@ class ProductKernel {
     for (int64_t column = begin; column < end; column += C * W) {
       const auto load = [&](int64_t u, int v) __attribute__((always_inline)) {
         const Element* from = x + u * c_.x_row + column + v * W;
-        prefetch(from + C * W);
+        ask_for(from + C * W);
         return a_.load(from);
       };
       block<R, C>(f, u1 - u0, load, 0, column, C * W, u0 == 0);
@@ -245,7 +247,7 @@ class ProductKernel {
     const Element* row = static_cast<const Element*>(c_.x) + u * c_.x_row + column;
     int64_t k = 0;
     for (; k + W <= width; k += W, to += vector_words) {
-      prefetch(row + k + width);  // of the next columns
+      ask_for(row + k + width);  // the next columns
       A::keep(a_.load(row + k), to);
     }
     if (k == width) return;
@@ -311,8 +313,6 @@ class ProductKernel {
     const int64_t words = std::max<int64_t>(1, std::min<int64_t>(c_.U, A::kTerms)) * A::kWords;
     return std::clamp<int64_t>(kKeptWords / words, 1, 32);
   }
-
-  static void prefetch(const void* p) { asm volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(p))); }
 
   const FieldProduct& c_;
   const A a_;

@@ -138,7 +138,7 @@ class TransformKernel {
       const Element* from = static_cast<const Element*>(c_.x) + u * c_.x_row + column;
       if (u < c_.U) {
         std::memcpy(to, from, width * sizeof(Element));
-        for (int64_t k = 0; k < width; k += 64 / sizeof(Element)) prefetch(from + width + k);  // the next tile
+        for (int64_t k = 0; k < width; k += 64 / sizeof(Element)) ask_for(from + width + k);  // the next tile
       }
       std::fill(to + (u < c_.U ? width : 0), to + tile(), Element{0});
     }
@@ -189,8 +189,6 @@ class TransformKernel {
       }
     }
   }
-
-  static void prefetch(const void* p) { asm volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(p))); }
 
   const TransformCall& c_;
   const A a_;

@@ -20,10 +20,13 @@ Lagrange coded computing (arXiv 1806.00939) and packed Shamir sharing are this c
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import mul
 
 from .fields import Field
 
-Matrix = list[list[int]]
+Row = tuple[int, ...]
+Matrix = tuple[Row, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,15 +84,17 @@ class Code:
         return list(range(self.threshold, self.threshold + self.clients))
 
 
+@lru_cache(maxsize=16)
 def encoding_matrix(code: Code) -> Matrix:
     """G [N][K + T]: a client's share is its row times the K blocks of data and the T of noise."""
-    p, beta = code.field.p, code.beta
-    c = [_inverse(_product(((b - other) for other in beta if other != b), p), p) for b in beta[: code.threshold]]
+    p, points = code.field.p, _points(code)
+    beta, U = points.beta, code.threshold
+    c = _inverses([_product((b - other for other in beta if other != b), p) for b in beta[:U]], p)
     rows = []
-    for a in code.alpha:
+    for a in points.alpha:
         r = _product((a - b for b in beta), p)
-        rows.append([r * c[k] * _inverse(a - beta[k], p) % p for k in range(code.threshold)])
-    return rows
+        rows.append(tuple(r * c[k] * inverse % p for k, inverse in enumerate(_inverses([a - b for b in beta[:U]], p))))
+    return tuple(rows)
 
 
 def decoding_matrix(code: Code, clients: Sequence[int]) -> Matrix:
@@ -100,14 +105,20 @@ def decoding_matrix(code: Code, clients: Sequence[int]) -> Matrix:
     if len(clients) != code.threshold:
         raise ValueError(f"decoding takes the shares of K + T = {code.threshold} clients, got {len(clients)}")
     _check_clients(code, clients)
-    p, alpha = code.field.p, code.alpha
-    points = [alpha[j] for j in clients]
-    scale = [_inverse(_product((a - other for other in points if other != a), p) * _unused(code, a), p) for a in points]
+    return _decoding_matrix(code, tuple(clients))
+
+
+@lru_cache(maxsize=16)
+def _decoding_matrix(code: Code, clients: tuple[int, ...]) -> Matrix:
+    p, points = code.field.p, _points(code)
+    alpha = [points.alpha[j] for j in clients]
+    scale = _inverses([_product((a - other for other in alpha if other != a), p) for a in alpha], p)
+    scale = [x * points.unused_inverse[j] % p for x, j in zip(scale, clients, strict=True)]
     rows = []
-    for b in code.beta[: code.blocks]:
-        r = _product((b - a for a in points), p) * _unused(code, b) % p
-        rows.append([r * s * _inverse(b - a, p) % p for a, s in zip(points, scale, strict=True)])
-    return rows
+    for b, unused in zip(points.beta[: code.blocks], points.unused, strict=True):
+        r = _product((b - a for a in alpha), p) * unused % p
+        rows.append(tuple(r * x * y % p for x, y in zip(scale, _inverses([b - a for a in alpha], p), strict=True)))
+    return tuple(rows)
 
 
 def correct(code: Code, word: Mapping[int, int], *, most_errors: int) -> tuple[list[int], list[int]] | None:
@@ -117,18 +128,50 @@ def correct(code: Code, word: Mapping[int, int], *, most_errors: int) -> tuple[l
     most_errors   at most so many may be wrong: K + T + 2 * most_errors values are needed to be sure
     returns       (values [K], wrong clients in rising order), or None if no polynomial agrees with all but so many
 
-    Gao's decoder (Bell Labs, 2003): interpolate, then stop Euclid's algorithm half way. N^2 products.
-    Raises ValueError for an unknown client and for too few values.
+    A word without errors is told by its syndromes, n (n - K - T) products. For others Gao's decoder (Bell Labs, 2003):
+    interpolate, then stop Euclid's algorithm half way; n^2 products.
+    Raises ValueError for an unknown client, for too few values, and for values that are not canonical.
     """
-    clients = sorted(word)
+    clients = tuple(sorted(word))
     _check_clients(code, clients)
     n, U, p = len(clients), code.threshold, code.field.p
     if most_errors < 0 or n < U + 2 * most_errors:
         raise ValueError(f"{most_errors} errors need K + T + 2 * errors = {U + 2 * most_errors} values, got {n}")
-    alpha = code.alpha
-    points = [alpha[j] for j in clients]
-    values = [word[j] * _inverse(_unused(code, a), p) % p for j, a in zip(clients, points, strict=True)]
-    before, now = _from_roots(points, p), _interpolate(points, values, p)
+    if not all(0 <= word[j] < p for j in clients):
+        raise ValueError(f"values must be in 0..{p - 1}, got {next(x for x in word.values() if not 0 <= x < p)}")
+    values = [word[j] for j in clients]
+    wrong: list[int] = []
+    if any(sum(map(mul, row, values)) % p for row in _checks(code, clients)):
+        found = _errors(code, clients, values)
+        if found is None or len(found) > most_errors:
+            return None
+        wrong = found
+    right = [j for j in clients if j not in wrong][:U]
+    return [sum(map(mul, row, (word[j] for j in right))) % p for row in decoding_matrix(code, right)], wrong
+
+
+@lru_cache(maxsize=16)
+def _checks(code: Code, clients: tuple[int, ...]) -> Matrix:
+    """[n - K - T][n]: rows that are orthogonal to the words of the code at these clients, and only to them."""
+    p, points = code.field.p, _points(code)
+    alpha = [points.alpha[j] for j in clients]
+    row = _inverses([_product((a - other for other in alpha if other != a), p) for a in alpha], p)
+    row = [x * points.unused_inverse[j] % p for x, j in zip(row, clients, strict=True)]
+    rows: list[Row] = []
+    for _ in range(len(clients) - code.threshold):
+        rows.append(tuple(row))
+        row = [x * a % p for x, a in zip(row, alpha, strict=True)]
+    return tuple(rows)
+
+
+def _errors(code: Code, clients: tuple[int, ...], word: list[int]) -> list[int] | None:
+    """The clients whose values are off the polynomial that Gao's decoder finds; None if it finds none."""
+    n, U, p = len(clients), code.threshold, code.field.p
+    points = _points(code)
+    alpha = [points.alpha[j] for j in clients]
+    values = [x * points.unused_inverse[j] % p for x, j in zip(word, clients, strict=True)]
+    before = _from_roots(alpha, p)
+    now = _interpolate(before, alpha, values, p)
     v_before, v_now = [], [1]
     while 2 * len(now) > n + U + 1:  # degree of `now` at least (n + U) / 2
         quotient, rest = _divide(before, now, p)
@@ -137,10 +180,29 @@ def correct(code: Code, word: Mapping[int, int], *, most_errors: int) -> tuple[l
     polynomial, rest = _divide(now, v_now, p)
     if rest or len(polynomial) > U:
         return None
-    wrong = [j for j, a, y in zip(clients, points, values, strict=True) if _value(polynomial, a, p) != y]
-    if len(wrong) > most_errors:
-        return None
-    return [_value(polynomial, b, p) * _unused(code, b) % p for b in code.beta[: code.blocks]], wrong
+    return [j for j, a, y in zip(clients, alpha, values, strict=True) if _value(polynomial, a, p) != y]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Points:
+    """What all matrices of a code share: its points, and V at those of data and inverted at those of clients."""
+
+    alpha: Row
+    beta: Row
+    unused: Row
+    unused_inverse: Row
+
+
+@lru_cache(maxsize=16)
+def _points(code: Code) -> _Points:
+    p, beta = code.field.p, code.beta
+    rest = beta[code.threshold :]
+    return _Points(
+        alpha=tuple(code.alpha),
+        beta=tuple(beta),
+        unused=tuple(_product((b - other for other in rest), p) for b in beta[: code.blocks]),
+        unused_inverse=tuple(_inverses([_product((a - other for other in rest), p) for a in code.alpha], p)),
+    )
 
 
 def _power_of_two(n: int) -> int:
@@ -158,11 +220,6 @@ def _check_clients(code: Code, clients: Sequence[int]) -> None:
         raise ValueError(f"need different clients of 0..{code.clients - 1}, got {list(clients)}")
 
 
-def _unused(code: Code, z: int) -> int:
-    """V(z): the product over the points of values that carry zeros."""
-    return _product((z - b for b in code.beta[code.threshold :]), code.field.p)
-
-
 def _product(factors: Iterable[int], p: int) -> int:
     product = 1
     for factor in factors:
@@ -170,8 +227,18 @@ def _product(factors: Iterable[int], p: int) -> int:
     return product
 
 
-def _inverse(x: int, p: int) -> int:
-    return pow(x, -1, p)
+def _inverses(values: list[int], p: int) -> list[int]:
+    """One inversion for all of them (Montgomery's trick)."""
+    before, product = [], 1
+    for value in values:
+        before.append(product)
+        product = product * value % p
+    inverse = pow(product, -1, p)
+    out = []
+    for value, prefix in zip(reversed(values), reversed(before), strict=True):
+        out.append(inverse * prefix % p)
+        inverse = inverse * value % p
+    return out[::-1]
 
 
 # Polynomials: coefficients from the constant one up, without zeros at the end; [] is zero.
@@ -205,7 +272,7 @@ def _minus(a: list[int], b: list[int], p: int) -> list[int]:
 
 
 def _divide(a: list[int], b: list[int], p: int) -> tuple[list[int], list[int]]:
-    rest, lead = list(a), _inverse(b[-1], p)
+    rest, lead = list(a), pow(b[-1], -1, p)
     quotient = [0] * max(0, len(a) - len(b) + 1)
     for i in reversed(range(len(quotient))):
         factor = quotient[i] = rest[i + len(b) - 1] * lead % p
@@ -221,15 +288,13 @@ def _from_roots(roots: Sequence[int], p: int) -> list[int]:
     return out
 
 
-def _interpolate(points: Sequence[int], values: Sequence[int], p: int) -> list[int]:
-    """Newton's divided differences."""
-    differences = list(values)
-    for step in range(1, len(points)):
-        for i in reversed(range(step, len(points))):
-            slope = differences[i] - differences[i - 1]
-            differences[i] = slope * _inverse(points[i] - points[i - step], p) % p
-    out: list[int] = []
-    for point, difference in zip(reversed(points), reversed(differences), strict=True):
-        out = [(low - point * high) % p for low, high in zip([0, *out], [*out, 0], strict=True)]
-        out[0] = (out[0] + difference) % p
-    return _trimmed(out)
+def _interpolate(master: list[int], points: Sequence[int], values: Sequence[int], p: int) -> list[int]:
+    """Lagrange's sum of master / (z - point), master being the product of all (z - point)."""
+    weights = _inverses([_product((a - other for other in points if other != a), p) for a in points], p)
+    out = [0] * len(points)
+    for point, value, weight in zip(points, values, weights, strict=True):
+        factor, high = value * weight % p, 0
+        for i in reversed(range(len(points))):  # division from the highest coefficient down
+            high = (master[i + 1] + high * point) % p
+            out[i] += factor * high
+    return _trimmed([x % p for x in out])

@@ -10,6 +10,8 @@ All integers are canonical elements of one field (fields.py); the code's points 
 result is exact, and the same to the last bit on every device.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -143,7 +145,7 @@ def encode(values: Tensor, code: Code, *, method: str | None = None) -> Tensor:
     return multiply(matrix_of(encoding_matrix(code), code.field, values.device), values, code.field)
 
 
-def decode(shares: Tensor, clients: list[int], code: Code) -> Tensor:
+def decode(shares: Tensor, clients: Sequence[int], code: Code) -> Tensor:
     """The K blocks of data [K, L] from the shares [K + T, L] of these clients, in their order.
 
     Raises ValueError if these are not K + T different clients. Wrong shares make a wrong result: see code.correct.
@@ -155,12 +157,15 @@ def decode(shares: Tensor, clients: list[int], code: Code) -> Tensor:
 def is_canonical(elements: Tensor, field: Field) -> bool:
     """Whether all are in 0..p - 1; what comes from outside must be asked."""
     _check(elements, field, "elements")
-    if field.p < 2**63:
-        return bool(((elements >= 0) & (elements < field.p)).all())
-    return not bool(((elements < 0) & (elements >= field.p - 2**64)).any())
+    if not elements.numel():
+        return True
+    if field.p >= 2**63:  # as signed numbers those from p on are the last below zero
+        return not bool(((elements < 0) & (elements >= field.p - 2**64)).any())
+    least, largest = elements.aminmax()
+    return int(least) >= 0 and int(largest) < field.p
 
 
-def matrix_of(rows: list[list[int]], field: Field, device: torch.device) -> Tensor:
+def matrix_of(rows: Sequence[Sequence[int]], field: Field, device: torch.device) -> Tensor:
     """Python integers as a matrix of elements."""
     wrapped = [[x - 2**64 if x >= 2**63 else x for x in row] for row in rows]
     return torch.tensor(wrapped, dtype=field.dtype, device=device)
