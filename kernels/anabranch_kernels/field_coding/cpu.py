@@ -19,6 +19,15 @@ _REALS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 
 ISA: str = extension.supported_field_isas()[-1]
 _FEW = 16  # columns of x, with so many rows at least: lanes go along the rows of x
 
+# Products of a dense encoding that cost as much as one butterfly of a transform, as `anabranch bench field-coding` shows.
+_BUTTERFLY = {"generic": 5, "avx2": 4, "avx512": 4, "avx512_ifma": 8}
+
+
+def prefers_transform(clients: int, threshold: int, order: int, coset_order: int, isa: str = ISA) -> bool:
+    """Whether a transform makes these shares faster than a matrix product: on IFMA from about 128 clients on, else 32."""
+    butterflies = sum(n // 2 * (n.bit_length() - 1) for n in (order, coset_order)) + order
+    return clients * threshold >= _BUTTERFLY[isa] * butterflies
+
 
 def multiply(matrix: Tensor, x: Tensor, field: str, isa: str = ISA) -> Tensor:
     M, U = matrix.shape

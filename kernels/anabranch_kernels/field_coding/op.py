@@ -139,6 +139,9 @@ def encode(values: Tensor, code: Code, *, method: str | None = None) -> Tensor:
         raise ValueError(f"method must be 'dense', 'transform' or None, got {method!r}")
     if method == "transform" and not code.has_transform:
         raise ValueError(f"field {code.field.name} has no transform for N={code.clients}, U={code.threshold}")
+    if method is None and code.has_transform and values.device.type == "cpu":
+        sizes = (code.clients, code.threshold, code.order, code.coset_order)
+        method = "transform" if cpu.prefers_transform(*sizes) else "dense"
     if method == "transform":
         out: Tensor = _transform(values, code.clients, code.order, code.coset_order, code.field.name)
         return out
