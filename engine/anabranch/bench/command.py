@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from anabranch.bench.aggregate import FilesReport
+    from anabranch.bench.field_coding import FieldReport
     from anabranch.bench.report import Report, Table
     from anabranch.bench.serve import ServeReport
     from anabranch.bench.timing import Roofs, Sample
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_aggregate(_add_kind(kinds, "aggregate", "clients' files beside a copy of the same bytes", plot=False))
     _add_engine(_add_kind(kinds, "engine", "a 315M-parameter Llama beside transformers and llama.cpp"))
+    _add_kind(kinds, "field-coding", "secret sharing over finite fields beside NumPy and galois", plot=False)
     _add_serve(_add_kind(kinds, "serve", "the HTTP server under load beside the engine without it", plot=False))
 
 
@@ -46,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         reports.check_plot_library()
     args.repeats = 3 if args.quick else args.repeats
-    kinds: dict[str, Callable[[argparse.Namespace], Table]] = {"serve": _serve, "aggregate": _aggregate}
+    kinds: dict[str, Callable[[argparse.Namespace], Table]] = {
+        "serve": _serve, "aggregate": _aggregate, "field-coding": _field_coding,
+    }  # fmt: skip
     report = kinds.get(args.kind, _measure)(args)
     print(reports.to_text(report))
     reports.save(report, json_path=args.json, markdown_path=args.markdown, plot_path=args.plot)
@@ -298,5 +302,22 @@ def _aggregate(args: argparse.Namespace) -> "FilesReport":
             )
         ]
         return aggregate.FilesReport(title="Aggregation of files", machine=machine.describe(), samples=tuple(samples))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _field_coding(args: argparse.Namespace) -> "FieldReport":
+    import torch
+
+    from anabranch.bench import field_coding, machine
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(args.threads or before)
+        cases, absent = field_coding.cases(quick=args.quick)
+        samples = [sample for case in cases for sample in field_coding.measure(case, repeats=args.repeats)]
+        return field_coding.FieldReport(
+            title="Coding over finite fields", machine=machine.describe(), samples=tuple(samples), absent=tuple(absent)
+        )
     finally:
         torch.set_num_threads(before)

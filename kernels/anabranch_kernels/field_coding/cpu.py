@@ -16,15 +16,16 @@ from .fields import FIELDS
 
 _FIELDS = {"babybear": 0, "koalabear": 1, "m31": 2, "goldilocks": 3, "f50": 4}  # csrc/field.h, enum Field
 _REALS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/field_coding.h, enum Real
-ISA: str = extension.supported_field_isas()[-1]
+ISAS: tuple[str, ...] = tuple(extension.supported_field_isas())  # slowest first
+ISA = ISAS[-1]
 _FEW = 16  # columns of x, with so many rows at least: lanes go along the rows of x
 
-# Products of a dense encoding that cost as much as one butterfly of a transform, as `anabranch bench field-coding` shows.
+# Products of a dense encoding that take as long as a butterfly of a transform: `anabranch bench field-coding`.
 _BUTTERFLY = {"generic": 5, "avx2": 4, "avx512": 4, "avx512_ifma": 8}
 
 
 def prefers_transform(clients: int, threshold: int, order: int, coset_order: int, isa: str = ISA) -> bool:
-    """Whether a transform makes these shares faster than a matrix product: on IFMA from about 128 clients on, else 32."""
+    """Whether a transform makes these shares faster than a matrix product: from about 32 clients on, with IFMA 128."""
     butterflies = sum(n // 2 * (n.bit_length() - 1) for n in (order, coset_order)) + order
     return clients * threshold >= _BUTTERFLY[isa] * butterflies
 

@@ -12,6 +12,7 @@ result is exact, and the same to the last bit on every device.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -170,8 +171,9 @@ def is_canonical(elements: Tensor, field: Field) -> bool:
 
 def matrix_of(rows: Sequence[Sequence[int]], field: Field, device: torch.device) -> Tensor:
     """Python integers as a matrix of elements."""
-    wrapped = [[x - 2**64 if x >= 2**63 else x for x in row] for row in rows]
-    return torch.tensor(wrapped, dtype=field.dtype, device=device)
+    unsigned = np.array(rows, dtype=np.uint64)
+    signed = unsigned.view(np.int64) if field.bytes == 8 else unsigned.astype(np.int32)
+    return torch.from_numpy(signed).to(device)
 
 
 def _check(x: Tensor, field: Field, name: str, ndim: int | None = None) -> None:
