@@ -38,6 +38,15 @@ def test_contenders_agree_and_refusals_are_named(run, part, ours, peer, refuses,
     assert "| anabranch" in (tmp_path / f"gpu-{part}.md").read_text()
 
 
+def test_products_over_a_field_agree_to_the_last_bit(run, tmp_path):
+    assert run.run_part("field", tmp_path, dry=True) == 0
+    table = json.loads((tmp_path / "gpu-field.json").read_text())
+    assert {sample["contender"] for sample in table["samples"]} == {
+        "anabranch", "torch, int64 and %", "torch, float64 in halves"
+    }  # fmt: skip
+    assert not table["absent"]
+
+
 def test_roofs_are_positive(run, tmp_path):
     assert run.run_part("roof", tmp_path, dry=True) == 0
     table = json.loads((tmp_path / "gpu-roof.json").read_text())

@@ -1,5 +1,5 @@
-"""What is timed on a GPU: decode, prefill and training of a DiffQKV shape and the coordinate-wise rules, ours beside
-every peer that will run them.
+"""What is timed on a GPU: decode, prefill and training of a DiffQKV shape, the coordinate-wise rules and products over
+finite fields, ours beside every peer that will run them.
 
 A peer that refuses a case (a back-end without unequal heads, a package that is not installed) is named with its reason
 instead of a time. Decode walks through the caches of several layers, so that nothing is served by the L2 cache.
@@ -18,6 +18,7 @@ from anabranch.bench.attention import Shape
 from anabranch.bench.coordinate_rules import coordinate_rules
 from anabranch.bench.timing import Case, Contender
 from anabranch_kernels.attention.op import attention
+from anabranch_kernels.field_coding.op import Field, multiply
 from anabranch_kernels.paged_attention.op import paged_attention, store_kv
 
 INT8_TOLERANCE = 0.05  # one part in 254 on each K and V element, before the softmax spreads it
@@ -297,3 +298,34 @@ def coordinate(bench: Bench, N: int, D: int) -> list[Case]:
     found, absent = coordinate_rules(N, D, dtype=torch.float32, device=bench.device)
     bench.absent += absent
     return found
+
+
+def field_product(bench: Bench, title: str, field: Field, M: int, U: int, L: int) -> Case:
+    """[M, U] x [U, L] modulo a 31-bit prime, as shares are encoded, added up and projected; all bits must agree."""
+    p = field.p
+    matrix, x = (torch.randint(p, shape, device=bench.device, dtype=field.dtype) for shape in ((M, U), (U, L)))
+
+    def by_int64() -> Tensor:
+        """Every product is reduced: the sum of two need not fit."""
+        left, total = matrix.long(), torch.zeros(M, L, dtype=torch.int64, device=bench.device)
+        for u in range(U):
+            total.add_(left[:, u : u + 1] * x[u]).remainder_(p)
+        return total.to(field.dtype)
+
+    def by_int64_of_few_columns() -> Tensor:
+        return torch.stack([(matrix * x[:, c].long()).remainder_(p).sum(1) % p for c in range(L)], 1).to(field.dtype)
+
+    def by_float64() -> Tensor:
+        """The upper 15 and the lower 16 bits of the matrix apart: 47 bits a product, so 64 of them are exact."""
+        right = x.double()
+        high, low = (part.double() @ right for part in (matrix >> 16, matrix & 65535))
+        return ((high.long() % p * 65536 + low.long()) % p).to(field.dtype)
+
+    steps = {"anabranch": lambda: multiply(matrix, x, field)}
+    steps["torch, int64 and %"] = by_int64_of_few_columns if L < 16 else by_int64
+    if U <= 64:
+        steps["torch, float64 in halves"] = by_float64
+    moved, operations = (M * U + U * L + M * L) * field.bytes, 2 * M * U * L
+    timed = {name: (step, moved, operations, 0.0) for name, step in steps.items()}
+    name = f"{title} {field.name} [{M}, {U}] x [{U}, {L}]"
+    return Case(name=name, contenders=bench.contenders(name, timed))

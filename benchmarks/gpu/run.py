@@ -29,6 +29,7 @@ from anabranch.bench.attention import Shape
 from anabranch.bench.machine import describe
 from anabranch.bench.report import Report, to_json, to_markdown
 from anabranch.bench.timing import Case, Roofs, Sample, check_agreement, interleave, timed
+from anabranch_kernels.field_coding.op import BABYBEAR
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = (
@@ -39,6 +40,7 @@ PARTS = (
     "prefill",
     "train",
     "coordinate-rules",
+    "field",
     "tune-decode",
     "tune-prefill",
 )
@@ -87,7 +89,9 @@ def run_part(part: str, out: Path, *, dry: bool) -> int:
 
 def run_tests(*, dry: bool) -> int:
     """Tests of the Triton kernels, which take the GPU when there is one, and whatever else is marked gpu."""
-    kernels = [f"tests/kernels/test_{op}_gpu.py" for op in ("paged_attention", "attention", "coordinate_rules")]
+    kernels = [
+        f"tests/kernels/test_{op}_gpu.py" for op in ("paged_attention", "attention", "coordinate_rules", "field_coding")
+    ]
     others = [f"--ignore={path}" for path in kernels]
     failed = 0
     how = ["--collect-only"] if dry else ["-n", "8"]  # most of the time goes into compiling
@@ -223,6 +227,9 @@ def planned_cases(part: str, bench: cases.Bench, *, dry: bool) -> Iterator[Case]
             yield cases.train(bench, tiny, 1, 24)
         elif part == "coordinate-rules":
             yield from cases.coordinate(bench, 5, 300)
+        elif part == "field":
+            yield cases.field_product(bench, "encode", BABYBEAR, 6, 5, 100)
+            yield cases.field_product(bench, "project", BABYBEAR, 3, 1200, 2)
         else:
             yield cases.decode(bench, tiny, 2, 40, 1)
         return
@@ -248,6 +255,15 @@ def planned_cases(part: str, bench: cases.Bench, *, dry: bool) -> Iterator[Case]
     if part == "coordinate-rules":
         for N in (8, 16, 32, 64):
             yield from cases.coordinate(bench, N, (1 << 28) // N)
+    if part == "field":
+        for title, M, U, L in (  # 1e8 numbers in K = 32 blocks, T = 16 of noise, N = 64 clients; 6.4e7 for N = 128
+            ("encode", 64, 48, 3_125_000),
+            ("encode", 128, 96, 1_000_000),
+            ("decode", 32, 48, 3_125_000),
+            ("weighted sum", 1, 64, 3_125_000),
+            ("project", 64, 3_125_000, 4),
+        ):
+            yield cases.field_product(bench, title, BABYBEAR, M, U, L)
 
 
 def tune(part: str, out: Path, *, dry: bool) -> int:

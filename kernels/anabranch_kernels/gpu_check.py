@@ -39,7 +39,7 @@ FIXED: dict[str, str | None] = {
     "found_nan": "*i32",
     "D": "i64",
 }
-STRIDE = re.compile(r"(q|k|v|g|table|score|points)_(batch|token|head|page|slot|row)")
+STRIDE = re.compile(r"(q|k|v|g|table|score|points|x|matrix)_(batch|token|head|page|slot|row|column)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +136,7 @@ def cases() -> Iterator[Case]:
     yield from _paged_cases()
     yield from _dense_cases()
     yield from _coordinate_cases()
+    yield from _field_cases()
 
 
 def _paged_cases() -> Iterator[Case]:
@@ -215,6 +216,51 @@ def _coordinate_cases() -> Iterator[Case]:
             plan=gpu.plan(rule, f, N, dtype),
             types=dict.fromkeys(("points", "out"), POINTERS[dtype]),
         )
+
+
+def _field_cases() -> Iterator[Case]:
+    from .field_coding import gpu_convert, gpu_multiply, gpu_project
+    from .field_coding.fields import BABYBEAR, F50, GOLDILOCKS
+
+    def case(module: str, kernel: str, label: str, plan: Plan, residents: int, types: dict[str, str | None]) -> Case:
+        return Case(
+            name=f"{kernel} {label}",
+            module=f"anabranch_kernels.field_coding.{module}",
+            kernel=f"{kernel}_kernel",
+            plan=plan,
+            types=numbers | types,
+            residents=residents,
+        )
+
+    numbers: dict[str, str | None] = {
+        **dict.fromkeys(("M", "U", "L", "K", "C", "n", "share"), "i32"),
+        **dict.fromkeys(("clip", "scale", "divisor"), "i64"),  # the bits of float64
+        "digits": "*i8", "counts": "*i64", "begins": "*i64",
+    }  # fmt: skip
+    # The other 31-bit primes make the same instructions with other constants; so do F50's elements outside products.
+    for field, shapes in (
+        (BABYBEAR, ((64, 48, 4), (64, 48, 1), (128, 96, 4), (128, 96, 1), (1, 100, 4), (64, 200, 4))),
+        (GOLDILOCKS, ((64, 32, 2), (64, 48, 1), (64, 96, 2))),
+        (F50, ((64, 32, 2), (64, 96, 1))),
+    ):
+        element = "*i32" if field.bytes == 4 else "*i64"
+        elements: dict[str, str | None] = dict.fromkeys(("matrix", "x", "out", "offsets", "partial"), element)
+        for M, U, align in shapes:
+            resident = field.bytes * U <= gpu_multiply.RESIDENT
+            kernel, residents = ("resident", gpu_multiply.RESIDENTS) if resident else ("streaming", 1)
+            plan = gpu_multiply.plan(M, U, align, field)
+            yield case("gpu_multiply", kernel, f"{field.name} {M}x{U} align {align}", plan, residents, elements)
+        yield case("gpu_multiply", "digits", field.name, gpu_multiply.digits_plan(32, field), 1, elements)
+        yield case("gpu_project", "project", field.name, gpu_project.plan(field), 2, elements)
+        if field is F50:
+            continue
+        convert, accept = gpu_convert.plan(field), gpu_convert.accept_plan(field)
+        for source, dither in (("*fp32", None), ("*bf16", "*fp64"), ("*fp64", "*fp64")):
+            label = f"{field.name} {source[1:]}{' dithered' if dither else ''}"
+            yield case("gpu_convert", "quantise", label, convert, 1, elements | {"x": source, "dither": dither})
+        yield case("gpu_convert", "dequantise", field.name, convert, 1, elements | {"out": "*fp64"})
+        yield case("gpu_convert", "count", field.name, accept, 1, elements)
+        yield case("gpu_convert", "accept", field.name, accept, 1, elements)
 
 
 def kind_of(argument: str, case: Case) -> str | None:

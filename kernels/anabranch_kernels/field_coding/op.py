@@ -11,6 +11,7 @@ result is exact, and the same to the last bit on every device.
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ _quantise = define(
     "field_quantise(Tensor x, Tensor? dither, str field, float clip, int fraction_bits) -> (Tensor, Tensor)",
     reference=reference.quantise,
     cpu=cpu.quantise,
+    cuda=lambda *args: import_module(".gpu", __package__).quantise(*args),  # Triton loads on first use
     fake=lambda x, dither, field, clip, fraction_bits: (
         x.new_empty(x.shape, dtype=FIELDS[field].dtype),
         x.new_empty(2, dtype=torch.int64),
@@ -40,6 +42,7 @@ _dequantise = define(
     "field_dequantise(Tensor x, str field, float divisor) -> Tensor",
     reference=reference.dequantise,
     cpu=cpu.dequantise,
+    cuda=lambda *args: import_module(".gpu", __package__).dequantise(*args),
     fake=lambda x, field, divisor: x.new_empty(x.shape, dtype=torch.float64),
 )
 
@@ -47,6 +50,7 @@ _accept = define(
     "field_accept(Tensor stream, str field) -> Tensor",
     reference=reference.accept,
     cpu=cpu.accept,
+    cuda=lambda *args: import_module(".gpu", __package__).accept(*args),
     fake=lambda stream, field: stream.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=FIELDS[field].dtype),
 )
 
@@ -54,6 +58,7 @@ _transform = define(
     "field_transform(Tensor values, int clients, int order, int coset_order, str field) -> Tensor",
     reference=reference.transform,
     cpu=cpu.transform,
+    cuda=lambda *args: import_module(".gpu", __package__).transform(*args),
     fake=lambda values, clients, order, coset_order, field: values.new_empty(clients, values.shape[1]),
 )
 
@@ -61,6 +66,7 @@ _multiply = define(
     "field_multiply(Tensor matrix, Tensor x, str field) -> Tensor",
     reference=reference.multiply,
     cpu=cpu.multiply,
+    cuda=lambda *args: import_module(".gpu", __package__).multiply(*args),
     fake=lambda matrix, x, field: x.new_empty(matrix.shape[0], x.shape[1]),
 )
 
