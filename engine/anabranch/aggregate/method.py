@@ -71,6 +71,20 @@ def try_out(method: AggregateMethod, N: int) -> None:
         finish(torch.zeros(1, len(decision.rows), 1))
 
 
+def over_rows(points: Tensor, rows: Tensor, finish: Coordinates) -> Tensor:
+    """A rule of coordinates over the M points that rows [M, n] of coefficients make of points [n, d]: [d].
+
+    Rows that choose points take them as they are; others are summed in float32 (float64 for float64 points).
+    """
+    picks = rows.argmax(1)
+    if not torch.equal(rows, torch.eye(rows.shape[1], dtype=rows.dtype)[picks]):
+        wide = torch.float64 if points.dtype == torch.float64 else torch.float32
+        points = rows.to(points.device, wide) @ points.to(wide)
+    elif picks.tolist() != list(range(len(points))):
+        points = points[picks.to(points.device)]
+    return finish(points[None])[0]
+
+
 def _mix(m: AggregateMethod, name: str) -> Mix:
     if name == "bucketing":
         assert m.bucket is not None

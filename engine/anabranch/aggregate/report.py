@@ -54,14 +54,8 @@ class Report:
 
     @property
     def outliers(self) -> list[int]:
-        """Clients farther from the result than the median distance and 3 deviations, judged by the median deviation."""
-        if self.distances is None:
-            return []
-        known = self.distances[self.distances.isfinite()]
-        middle = known.quantile(0.5)
-        deviation = NORMAL * (known - middle).abs().quantile(0.5)
-        limit = middle + torch.maximum(DEVIATIONS * deviation, RESOLVED * middle)
-        return (self.distances > limit).nonzero()[:, 0].tolist()
+        """Clients that `outliers` names."""
+        return [] if self.distances is None else outliers(self.distances).nonzero()[:, 0].tolist()
 
     def to_json(self) -> dict[str, Any]:
         """Every number; null for what is not known."""
@@ -89,13 +83,13 @@ class Report:
 
     def to_text(self) -> str:
         """A table for a terminal."""
-        outliers, weights, nearest = set(self.outliers), self.weights, None
+        far, weights, nearest = set(self.outliers), self.weights, None
         if self.pairwise is not None and len(self.clients) > 1:
             others = self.pairwise.nan_to_num(torch.inf).fill_diagonal_(torch.inf)
             nearest = torch.where(others.amin(1).isfinite(), others.amin(1), torch.nan)
         rows = [("client", "weight", "distance", "nearest", "")]
         for i, client in enumerate(self.clients):
-            remark = "outlier" if i in outliers else ""
+            remark = "outlier" if i in far else ""
             if i in self.dropped:
                 remark = f"dropped: {self.dropped[i]} is not finite"
             rows.append((client, _cell(weights, i), _cell(self.distances, i), _cell(nearest, i), remark))
@@ -113,6 +107,19 @@ class Report:
         rate = self.bytes_read / max(self.seconds, 1e-9)
         said.append(f"read {self.bytes_read / 1e9:.2f} GB in {self.seconds:.2f} s ({rate / 1e9:.1f} GB/s)")
         return "\n".join([*lines, "", *said])
+
+
+def outliers(distances: Tensor) -> Tensor:
+    """[N] bool: farther from the result than the median distance by 3 deviations, judged by the median deviation.
+
+    distances   [N], NaN where not known
+    """
+    known = distances[distances.isfinite()]
+    if not len(known):
+        return torch.zeros_like(distances, dtype=torch.bool)
+    middle = known.quantile(0.5)
+    deviation = NORMAL * (known - middle).abs().quantile(0.5)
+    return distances > middle + torch.maximum(DEVIATIONS * deviation, RESOLVED * middle)
 
 
 def _cell(x: Tensor | None, i: int) -> str:

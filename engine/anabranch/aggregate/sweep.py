@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anabranch.aggregate.method import Coordinates, Decision, decide, finish_of, try_out
+from anabranch.aggregate.method import Coordinates, Decision, decide, finish_of, over_rows, try_out
 from anabranch.aggregate.report import Certificate, Report
 from anabranch.aggregate.rules import squared_distances
 from anabranch.aggregate.settings import AggregateMethod, AggregateOptions
@@ -252,12 +252,7 @@ def _by_coordinate(tile: Tile, rows: Tensor, finish: Coordinates) -> Tensor:
     points, wide = tile.rows, torch.float64 if tile.rows.dtype == torch.float64 else torch.float32
     if tile.base is not None:
         points = points.to(wide) - tile.base.to(wide)
-    picks = rows.argmax(1)
-    if not torch.equal(rows, torch.eye(rows.shape[1], dtype=rows.dtype)[picks]):
-        points = rows.to(points.device, wide) @ points.to(wide)
-    elif picks.tolist() != list(range(len(points))):
-        points = points[picks.to(points.device)]
-    values = finish(points[None])[0]
+    values = over_rows(points, rows, finish)
     if tile.base is not None:
         values = values.to(wide) + tile.base.to(wide)
     return values.to(tile.rows.dtype)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anabranch.aggregate.robust import Robust, aggregate_updates
+from anabranch.aggregate.robust import aggregate_updates
+from anabranch.aggregate.settings import AggregateMethod
 from anabranch.federated.attacks import a_little_is_enough, label_flip, sign_flip
 from anabranch.federated.clients import accuracy, first_model, train
 from anabranch.federated.digits import CLASSES, Digits, load_digits
@@ -56,12 +57,12 @@ class Course(NamedTuple):
     updates: Tensor
 
 
-def rules_compared(hostile: int) -> dict[str, Robust]:
+def rules_compared(hostile: int) -> dict[str, AggregateMethod]:
     """What the server may do, by name."""
     return {
-        "mean": Robust(rule="mean"),
-        "geometric median": Robust(),
-        "NNM + geometric median": Robust(mix="nearest_neighbour_mixing", f=hostile),
+        "mean": AggregateMethod(rule="mean"),
+        "geometric median": AggregateMethod(),
+        "NNM + geometric median": AggregateMethod(pre=("nnm",), f=hostile),
     }
 
 
@@ -71,7 +72,7 @@ def run(settings: Settings) -> dict[str, Course]:
     digits = load_digits(settings.clients, skew=settings.skew, generator=generator)
     model = first_model(settings.hidden, generator)
     honest = settings.clients - settings.hostile
-    courses = {NOBODY_HOSTILE: _learn(model, digits, 0, Robust(rule="mean"), settings)} if honest else {}
+    courses = {NOBODY_HOSTILE: _learn(model, digits, 0, AggregateMethod(rule="mean"), settings)} if honest else {}
     for name, rule in rules_compared(settings.hostile).items():
         courses[name] = _learn(model, digits, settings.hostile, rule, settings)
     return courses
@@ -82,7 +83,7 @@ def kinds_of_hostile(hostile: int) -> Mapping[str, int]:
     return {name: (hostile + 2 - i) // 3 for i, name in enumerate(("sign flip", "ALIE", "label flip"))}
 
 
-def _learn(model: Tensor, digits: Digits, hostile: int, rule: Robust, settings: Settings) -> Course:
+def _learn(model: Tensor, digits: Digits, hostile: int, rule: AggregateMethod, settings: Settings) -> Course:
     course = [accuracy(model, digits.test_x, digits.test_y, settings.hidden)]
     updates = model[None]
     for round in range(settings.rounds):

@@ -8,8 +8,9 @@ from torch.testing import assert_close
 
 from anabranch.aggregate import robustness, rules
 from anabranch.aggregate.mixes import nearest_neighbour_mixing
-from anabranch.aggregate.robust import Robust, aggregate_updates
+from anabranch.aggregate.robust import aggregate_updates
 from anabranch.aggregate.rules import after, aggregate
+from anabranch.aggregate.settings import AggregateMethod
 from anabranch.federated import attacks
 
 N = 20
@@ -46,7 +47,7 @@ def variance(points):
 
 
 def trimmed_after_mixing(points, f):
-    return aggregate_updates(points, Robust(rule="trimmed_mean", mix="nearest_neighbour_mixing", f=f)).update
+    return aggregate_updates(points, AggregateMethod(rule="trimmed-mean", pre=("nnm",), f=f)).update
 
 
 def mixed(rule):
@@ -61,8 +62,8 @@ AFTER_MIXING = {
 ALONE = {
     "geometric_median": lambda points, f: aggregate(points, rules.geometric_median),
     "krum": lambda points, f: aggregate(points, partial(rules.krum, f=f, neighbours=N - f - 1)),
-    "trimmed_mean": lambda points, f: aggregate_updates(points, Robust(rule="trimmed_mean", f=f)).update,
-    "coordinate_median": lambda points, f: aggregate_updates(points, Robust(rule="coordinate_median", f=f)).update,
+    "trimmed_mean": lambda points, f: aggregate_updates(points, AggregateMethod(rule="trimmed-mean", f=f)).update,
+    "coordinate_median": lambda points, f: aggregate_updates(points, AggregateMethod(rule="coordinate-median")).update,
 }
 
 
@@ -139,7 +140,7 @@ def test_the_mean_leaves_every_reach():
 def test_what_is_not_finite_is_refused_and_once_left_out_harmless(value, f):
     honest = honest_points(f)
     points = torch.cat([honest, torch.full((f, 50), value, dtype=torch.float64)])
-    settings = Robust(mix="nearest_neighbour_mixing", f=f)
+    settings = AggregateMethod(pre=("nnm",), f=f)
     with pytest.raises(ValueError, match="are not finite"):
         aggregate_updates(points, settings)
     alone = aggregate_updates(honest, settings, left_out=f)

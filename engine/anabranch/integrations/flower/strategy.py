@@ -1,7 +1,8 @@
 """`RobustFedAvg`: Flower's FedAvg with a robust rule in the place of the mean.
 
+    from anabranch import AggregateMethod
     from anabranch.integrations.flower.strategy import RobustFedAvg
-    strategy = RobustFedAvg(rule="geometric_median", mix="nearest_neighbour_mixing", f=2, fraction_evaluate=0.5)
+    strategy = RobustFedAvg(AggregateMethod(rule="geometric-median", pre=("nnm",), f=2), fraction_evaluate=0.5)
     strategy.start(grid=grid, initial_arrays=ArrayRecord(model.state_dict()), num_rounds=10)
 
 Written for Flower's Message API (flwr.serverapp.strategy, 1.40 and newer). Clients need nothing of this package.
@@ -12,7 +13,7 @@ depends on what nodes sent, never on who answered first.
 
 The round's MetricRecord holds the clients' own metrics, averaged by FedAvg's function, and this report:
   robust.nodes                   ids of the nodes whose updates were used, ascending
-  robust.coefficients[.array]    theirs in the result, in that order; of each array with mode="per_tensor"; none for
+  robust.coefficients[.array]    theirs in the result, in that order; of each array with per_tensor; none for
                                  rules of coordinates
   robust.distances[.array]       of their updates to the result
   robust.gap_rel                 bound of the geometric median's objective above the least (the worst of all arrays)
@@ -28,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anabranch.aggregate.robust import ROOTED, Outcome, Robust, aggregate_updates
+from anabranch.aggregate.robust import ROOTED, Outcome, aggregate_updates
+from anabranch.aggregate.settings import RULES, AggregateMethod
 from anabranch.integrations.flower.arrays import Sent, middle
 from anabranch.integrations.flower.replies import Update, examples, sort_replies, with_usual_metrics
 
@@ -40,17 +42,18 @@ try:
 except ImportError as error:
     raise ImportError("RobustFedAvg needs flwr>=1.40: pip install 'anabranch[flower]'") from error
 
-MODES = ("whole", "per_tensor")
+DEFAULT = AggregateMethod()
 RootFunction = Callable[[int, ArrayRecord], ArrayRecord]
 
 
 class RobustFedAvg(FedAvg):
-    """FedAvg whose `aggregate_train` is a rule of `anabranch.aggregate.robust`; its settings stand in `Robust` there.
+    """FedAvg whose `aggregate_train` is a rule with the steps before it.
 
-    mode      "whole": the rule sees each client's arrays as one vector; "per_tensor": it is applied to each array
-    root      for fltrust and nearest_neighbours_of: (round, arrays sent out) -> the server's own arrays after training
-    weighted  by default all clients count alike: numbers of examples are what clients claim
-    **fedavg  arguments of `flwr.serverapp.strategy.FedAvg`
+    method      as for files (AggregateMethod); `own` or `root` is 0 where there is one: the server's own update
+    per_tensor  the rule is applied to each array, instead of all of a client's as one vector
+    weighted    weigh by the clients' numbers of examples, about which they may lie
+    root        for fltrust and nearest-neighbours: (round, arrays sent out) -> the server's own arrays after training
+    **fedavg    arguments of `flwr.serverapp.strategy.FedAvg`
 
     Arrays that are not floats (counters) become the median of each element. foolsgold keeps the sum of every node's
     updates in memory.
@@ -58,33 +61,26 @@ class RobustFedAvg(FedAvg):
 
     def __init__(
         self,
+        method: AggregateMethod = DEFAULT,
         *,
-        rule: str = "geometric_median",
-        mix: str | None = None,
-        f: int = 0,
-        mode: str = "whole",
-        radius: float | None = None,
-        step: float | None = None,
-        bucket: int = 2,
-        seed: int = 0,
+        per_tensor: bool = False,
         weighted: bool = False,
         root: RootFunction | None = None,
         **fedavg: Any,
     ) -> None:
-        self.settings = Robust(
-            rule=rule, mix=mix, f=f, radius=radius, step=step, bucket=bucket, seed=seed, weighted=weighted
-        )
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-        if (rule in ROOTED) != (root is not None):
-            raise ValueError(f"root is for {' and '.join(ROOTED)}, which need it; got root={root} for rule={rule}")
+        if (method.rule in ROOTED) != (root is not None):
+            raise ValueError(f"root is for {' and '.join(ROOTED)}, which need it; got root={root} for {method.rule}")
+        if method.root or method.own or method.weights is not None:
+            raise ValueError("the server's own update is client 0, and clients' weights are asked for by `weighted`")
+        if weighted and "weights" not in RULES[method.rule]:
+            raise ValueError(f"{method.rule} takes no weights")
         super().__init__(**fedavg)
-        self.mode, self.root = mode, root
+        self.method, self.per_tensor, self.weighted, self.root = method, per_tensor, weighted, root
         self._sent: ArrayRecord | None = None
         self._history: dict[int, Tensor] = {}
 
     def summary(self) -> None:
-        log(INFO, "\t├──> Robust rule: %s, mode %s", self.settings, self.mode)
+        log(INFO, "\t├──> Robust rule: %s%s", self.method.title, ", each array by itself" if self.per_tensor else "")
         super().summary()
 
     def configure_train(
@@ -146,17 +142,17 @@ class RobustFedAvg(FedAvg):
         if not usable:
             raise ValueError("no usable reply")
         rows = torch.stack([update.row for update in usable])
-        weights = torch.tensor([update.examples for update in usable], dtype=torch.float64)
+        weights = [update.examples for update in usable] if self.weighted else None
         own, history = None if root is None else _row(root, sent), self._remember(usable)
         whole = {"": slice(None)}
         outcomes: dict[str, Outcome] = {}
-        for name, part in (sent.slices() if self.mode == "per_tensor" else whole).items():
+        for name, part in (sent.slices() if self.per_tensor else whole).items():
             outcomes[name] = aggregate_updates(
                 rows[:, part],
-                self.settings,
+                self.method,
                 round=server_round,
                 left_out=left_out,
-                weights=weights if self.settings.weighted else None,
+                weights=weights,
                 root=None if own is None else own[part],
                 history=None if history is None else history[:, part],
             )
@@ -166,7 +162,7 @@ class RobustFedAvg(FedAvg):
         return arrays, _report([update.node for update in usable], outcomes)
 
     def _remember(self, usable: list[Update]) -> Tensor | None:
-        if self.settings.rule != "foolsgold":
+        if self.method.rule != "foolsgold":
             return None
         for update in usable:
             past = self._history.get(update.node)

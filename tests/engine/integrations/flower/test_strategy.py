@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from anabranch.aggregate import mixes, robust, rules
+from anabranch.aggregate.settings import BY_COORDINATE, MIXES, RULES, AggregateMethod
 
 app = pytest.importorskip("flwr.app", reason="needs the extra `flower`")
 
@@ -22,7 +23,7 @@ SENT = {
     "seen": np.array(40),
 }
 NODES = [2**63 + 11, 5, 7000, 123456789, 42, 99, 2**40, 8]
-SETTINGS = {"centred_clipping": {"radius": 1.0}, "sign_majority": {"step": 0.05}, "mean": {"weighted": True}}
+OPTIONS = {"f": 1, "radius": 1.0, "step": 0.05, "own": 0, "root": 0, "bucket": 2, "seed": 5, "clip": 0.9}
 
 
 def record(arrays):
@@ -51,8 +52,18 @@ def root(server_round, arrays):
     return record({name: np.asarray(array + 1) for name, array in arrays_of(arrays).items()})
 
 
-def strategy(rule="geometric_median", **settings):
-    made = RobustFedAvg(rule=rule, root=root if rule in robust.ROOTED else None, **(SETTINGS.get(rule, {}) | settings))
+def method(rule="geometric-median", *pre, **options):
+    """With the options of OPTIONS that it takes."""
+    taken = {*RULES[rule], *(option for name in pre for option in MIXES[name])}
+    given = {name: value for name, value in OPTIONS.items() if name in taken}
+    return AggregateMethod(rule=rule, pre=pre, **(given | options))
+
+
+def strategy(rule="geometric-median", *pre, per_tensor=False, weighted=None, **options):
+    made = RobustFedAvg(
+        method(rule, *pre, **options), per_tensor=per_tensor, root=root if rule in robust.ROOTED else None,
+        weighted=rule == "mean" if weighted is None else weighted,
+    )  # fmt: skip
     made._sent = record(SENT)
     return made
 
@@ -68,32 +79,31 @@ def by_hand(rule, gram):
     match rule:
         case "mean":  # the nodes' own numbers of examples, in the order of their ids
             return torch.arange(1.0, 9.0, dtype=torch.float64)[np.argsort(NODES)] / 36
-        case "geometric_median":
+        case "geometric-median":
             return rules.geometric_median(gram)
         case "medoid":
             return rules.medoid(gram)
-        case "centred_clipping":
+        case "centred-clipping":
             return rules.centred_clipping(pad(gram, (0, 1, 0, 1)), N, 1.0)[:N]
         case "foolsgold":
             return rules.foolsgold(gram) / N
         case "fltrust":
-            return rules.fltrust(gram, N - 1)
-        case "nearest_neighbours_of":
-            return rules.nearest_neighbours_of(gram, 1, N - 1)
-    return getattr(rules, rule)(gram, 1)
+            return rules.fltrust(gram, 0)
+        case "nearest-neighbours":
+            return rules.nearest_neighbours_of(gram, 1, 0)
+    return getattr(rules, rule.replace("-", "_"))(gram, 1)
 
 
-@pytest.mark.parametrize("rule", sorted(set(robust.RULES) - set(robust.BY_COORDINATE)))
+@pytest.mark.parametrize("rule", sorted(set(RULES) - BY_COORDINATE - {"bulyan"}))
 def test_every_rule_of_distances_acts_on_updates_in_the_order_of_nodes(rule, replies):
-    arrays, metrics = strategy(rule, f=1).aggregate_train(3, replies)
+    arrays, metrics = strategy(rule).aggregate_train(3, replies)
     order = np.argsort(NODES)
     rows = torch.stack([flat(trained(i)) for i in order]) - flat(SENT)
-    if rule in robust.ROOTED:
-        rows = torch.cat([rows, torch.ones(1, rows.shape[1]).double()])
-    a = by_hand(rule, rows @ rows.T)
+    points = torch.cat([torch.ones(1, rows.shape[1]).double(), rows]) if rule in robust.ROOTED else rows
+    a = by_hand(rule, points @ points.T)
     assert metrics["robust.nodes"] == sorted(NODES)
-    assert_close(torch.tensor(metrics["robust.coefficients"]).double(), a[:8], atol=1e-5, rtol=1e-5)  # float32 rows
-    assert_close(flat(arrays_of(arrays)), flat(SENT) + a @ rows, atol=2e-6, rtol=2e-6)
+    assert_close(torch.tensor(metrics["robust.coefficients"]).double(), a[-8:], atol=1e-5, rtol=1e-5)  # float32 rows
+    assert_close(flat(arrays_of(arrays)), flat(SENT) + a @ points, atol=2e-6, rtol=2e-6)
     assert arrays["seen"].numpy() == 43  # the lower one of the two middle ones
     assert list(arrays) == list(SENT)
 
@@ -104,17 +114,17 @@ def middle_mean(values, centre, kept):
     return values.gather(0, nearest).mean(0)
 
 
-@pytest.mark.parametrize("rule", robust.BY_COORDINATE)
+@pytest.mark.parametrize("rule", sorted({*BY_COORDINATE, "bulyan"}))
 def test_every_rule_of_coordinates_acts_on_updates(rule, replies):
-    arrays, metrics = strategy(rule, f=1).aggregate_train(3, replies)
+    arrays, metrics = strategy(rule).aggregate_train(3, replies)
     rows = torch.stack([flat(trained(i)) for i in np.argsort(NODES)]) - flat(SENT)
     ordered = rows.sort(0).values
     wanted = {
-        "coordinate_median": ordered[3:5].mean(0),
-        "trimmed_mean": ordered[1:7].mean(0),
-        "mean_around_median": middle_mean(ordered, ordered[3:5].mean(0), 7),
+        "coordinate-median": ordered[3:5].mean(0),
+        "trimmed-mean": ordered[1:7].mean(0),
+        "mean-around-median": middle_mean(ordered, ordered[3:5].mean(0), 7),
         "phocas": middle_mean(ordered, ordered[1:7].mean(0), 7),
-        "sign_majority": 0.05 * rows.sign().sum(0).sign(),
+        "sign-majority": 0.05 * rows.sign().sum(0).sign(),
         "bulyan": selected_mean(rows),
     }[rule]
     assert_close(flat(arrays_of(arrays)), flat(SENT) + wanted, atol=1e-6, rtol=1e-6)
@@ -128,35 +138,33 @@ def selected_mean(rows):
     return middle_mean(chosen, chosen[2:4].mean(0), 4)
 
 
-@pytest.mark.parametrize("mix", robust.MIXES)
-def test_every_mix(mix, replies):
-    radius = 0.9 if mix == "static_clipping" else None
-    arrays, _ = strategy(mix=mix, f=1, radius=radius, seed=5).aggregate_train(3, replies)
+@pytest.mark.parametrize("step", MIXES)
+def test_every_step_before_a_rule(step, replies):
+    arrays, _ = strategy("geometric-median", step).aggregate_train(3, replies)
     rows = torch.stack([flat(trained(i)) for i in np.argsort(NODES)]) - flat(SENT)
+    draws = torch.Generator().manual_seed((5 * 0x9E3779B1 + 3) % 2**32)
     how = {
-        "nearest_neighbour_mixing": partial(mixes.nearest_neighbour_mixing, f=1),
-        "bucketing": partial(
-            mixes.bucketing, size=2, generator=torch.Generator().manual_seed((5 * 0x9E3779B1 + 3) % 2**32)
-        ),
-        "static_clipping": partial(mixes.static_clipping, radius=0.9),
-        "adaptive_clipping": partial(mixes.adaptive_clipping, f=1),
-    }[mix]
+        "nnm": partial(mixes.nearest_neighbour_mixing, f=1),
+        "bucketing": partial(mixes.bucketing, size=2, generator=draws),
+        "static-clipping": partial(mixes.static_clipping, radius=0.9),
+        "adaptive-clipping": partial(mixes.adaptive_clipping, f=1),
+    }[step]
     a = rules.after(how, rules.geometric_median)(rows @ rows.T)
     assert_close(flat(arrays_of(arrays)), flat(SENT) + a @ rows, atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("mode", ["whole", "per_tensor"])
-@pytest.mark.parametrize("rule", robust.RULES)
-def test_who_answers_first_changes_no_bit(rule, mode, replies):
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_who_answers_first_changes_no_bit(rule, per_tensor, replies):
     seen = set()
     for turn in range(4):
-        arrays, metrics = strategy(rule, f=1, mode=mode).aggregate_train(3, replies[turn:] + replies[:turn])
+        arrays, metrics = strategy(rule, per_tensor=per_tensor).aggregate_train(3, replies[turn:] + replies[:turn])
         seen.add((*(array.data for array in arrays.values()), repr(dict(metrics))))
     assert len(seen) == 1
 
 
 def test_each_tensor_alone(replies):
-    arrays, metrics = strategy("krum", f=1, mode="per_tensor").aggregate_train(3, replies)
+    arrays, metrics = strategy("krum", per_tensor=True).aggregate_train(3, replies)
     order = np.argsort(NODES)
     for name in ("weight", "bias"):
         rows = torch.stack([torch.from_numpy(trained(i)[name] - SENT[name]).double().ravel() for i in order])
@@ -234,12 +242,12 @@ def test_evaluation_survives_whatever_comes(replies, reply):
     assert strategy().aggregate_evaluate(3, []) is None
 
 
-@pytest.mark.parametrize("rule", [rule for rule in robust.RULES if rule not in ("mean", "foolsgold", "sign_majority")])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("mean", "foolsgold", "sign-majority")])
 @pytest.mark.parametrize("value", [1e30, 3e37, -1e4])
 def test_a_hostile_node_moves_little(rule, value, replies, reply):
     honest = torch.stack([flat(trained(i)) for i in range(1, 8)])
     replies[0] = reply(NODES[0], {**SENT, "weight": np.full((4, 3), value, np.float32)})
-    arrays, metrics = strategy(rule, f=1).aggregate_train(3, replies)
+    arrays, metrics = strategy(rule).aggregate_train(3, replies)
     reach = max(1.0, (honest - honest.mean(0)).norm(dim=1).max().item())  # 1: the radius of clipping
     assert (flat(arrays_of(arrays)) - honest.mean(0)).norm() < 2 * reach
     assert NODES[0] in metrics["robust.outliers"]
@@ -282,25 +290,18 @@ def test_nothing_usable_leaves_the_arrays(reply):
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("rule", "settings", "words"),
     [
-        ({"rule": "median"}, "unknown rule 'median'; choose one of"),
-        ({"mix": "nnm"}, "unknown mix 'nnm'"),
-        ({"rule": "foolsgold", "mix": "bucketing"}, "allows no mix"),
-        ({"rule": "krum", "weighted": True}, "weigh clients, got krum"),
-        ({"rule": "centred_clipping"}, "takes a positive, finite radius, got None"),
-        ({"rule": "krum", "radius": 1.0}, "takes no radius, got 1.0"),
-        ({"rule": "centred_clipping", "radius": 0.0}, "positive, finite radius, got 0.0"),
-        ({"rule": "sign_majority", "step": float("inf")}, "positive, finite step, got inf"),
-        ({"f": -1}, "f >= 0"),
-        ({"mode": "layer"}, "mode must be one of"),
-        ({"rule": "fltrust"}, "root is for fltrust"),
-        ({"rule": "krum", "root": root}, "root is for fltrust"),
+        ("krum", {"weighted": True}, "krum takes no weights"),
+        ("fltrust", {}, "root is for fltrust"),
+        ("krum", {"root": root}, "root is for fltrust"),
     ],
-)  # fmt: skip
-def test_bad_settings_are_named(settings, words):
+)
+def test_settings_that_do_not_fit_are_named(rule, settings, words):
     with pytest.raises(ValueError, match=words):
-        RobustFedAvg(**settings)
+        RobustFedAvg(method(rule), **settings)
+    with pytest.raises(ValueError, match="the server's own update is client 0"):
+        RobustFedAvg(AggregateMethod(rule="fltrust", root=3), root=root)
 
 
 def test_a_round_begins_with_configure_train(replies):
@@ -363,7 +364,7 @@ def client_app():
     return made, train
 
 
-def without_flower(train, arrays, mode):
+def without_flower(train, arrays, per_tensor):
     """Two rounds in float64: of eight clients one sends NaN and one fails, so two more may be hostile."""
     rule = rules.after(partial(mixes.nearest_neighbour_mixing, f=2), rules.geometric_median)
     for _ in range(2):
@@ -373,7 +374,7 @@ def without_flower(train, arrays, mode):
             for name in arrays
         }
         whole = torch.cat(list(updates.values()), 1)
-        grams = {name: each @ each.T if mode == "per_tensor" else whole @ whole.T for name, each in updates.items()}
+        grams = {name: each @ each.T if per_tensor else whole @ whole.T for name, each in updates.items()}
         moved = {name: (rule(grams[name]) @ updates[name]).reshape(arrays[name].shape) for name in arrays}
         arrays = {name: arrays[name] + moved[name].numpy().astype(np.float32) for name in arrays}
     return arrays
@@ -390,16 +391,14 @@ def test_rounds_in_a_simulation_are_those_without_flower():
 
     @server.main()
     def main(grid, context):
-        for mode in ("whole", "per_tensor"):
+        for per_tensor in (False, True):
             made = RobustFedAvg(
-                rule="geometric_median",
-                mix="nearest_neighbour_mixing",
-                f=3,
-                mode=mode,
+                method("geometric-median", "nnm", f=3),
+                per_tensor=per_tensor,
                 min_train_nodes=8,  # Flower counts the nodes before it waits for them
                 min_evaluate_nodes=8,
             )
-            results[mode] = made.start(grid, record(start), num_rounds=2, timeout=120)
+            results[per_tensor] = made.start(grid, record(start), num_rounds=2, timeout=120)
 
     run_simulation(
         server,
@@ -410,8 +409,8 @@ def test_rounds_in_a_simulation_are_those_without_flower():
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
         },
     )
-    for mode, result in results.items():
-        wanted = without_flower(train, start, mode)
+    for per_tensor, result in results.items():
+        wanted = without_flower(train, start, per_tensor)
         for name, array in arrays_of(result.arrays).items():
             np.testing.assert_allclose(array, wanted[name], rtol=1e-6, atol=1e-6)
         assert np.abs(wanted["w"]).max() > 0.01
