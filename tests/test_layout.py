@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE, KERNELS = ROOT / "engine" / "anabranch", ROOT / "kernels" / "anabranch_kernels"
-GPU_BY_TORCH = ("skinny_linear", "geometric_median")  # on a GPU torch's own products are the kernels
+GPU_BY_TORCH = ("skinny_linear",)  # on a GPU torch's own products are the kernels
 CPU_BY_TORCH = ("attention",)  # training on a CPU runs torch's own flash attention over expanded heads
 OPS = sorted(path.parent.name for path in KERNELS.glob("*/op.py"))
 # Inside the engine each floor imports from those before it; every other folder is a family, and families stand alone.

@@ -34,12 +34,14 @@ FIXED: dict[str, str | None] = {
     **dict.fromkeys(("page_table", "seq_lens", "cu_seqlens_q"), "*i32"),
     **dict.fromkeys(("slots", "chosen"), "*i64"),
     **dict.fromkeys(("partial", "partial_lse", "lse", "scores", "shares", "delta"), "*fp32"),
-    **dict.fromkeys(("window", "longest", "shortest", "T", "S", "B", "P", "max_pages", "first_row", "kept"), "i32"),
-    "scale": "fp32",
+    **dict.fromkeys(
+        ("window", "longest", "shortest", "T", "S", "B", "P", "max_pages", "first_row", "kept", "N"), "i32"
+    ),
+    **dict.fromkeys(("scale", "resolution"), "fp32"),
     "found_nan": "*i32",
     "D": "i64",
 }
-STRIDE = re.compile(r"(q|k|v|g|table|score|points|x|matrix)_(batch|token|head|page|slot|row|column)")
+STRIDE = re.compile(r"(q|k|v|g|table|score|points|centre|x|matrix)_(batch|token|head|page|slot|row|column)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,7 @@ class Case:
     module, kernel   where the kernel is
     types            Triton type of each argument that is not a stride or in FIXED; None for an argument left out
     residents        programs that must fit one multiprocessor together
+    multiples        arguments that are multiples of 16, besides strides
     """
 
     name: str
@@ -57,6 +60,7 @@ class Case:
     plan: Plan
     types: dict[str, str | None]
     residents: int = 1
+    multiples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +141,7 @@ def cases() -> Iterator[Case]:
     yield from _dense_cases()
     yield from _coordinate_cases()
     yield from _field_cases()
+    yield from _median_cases()
 
 
 def _paged_cases() -> Iterator[Case]:
@@ -263,6 +268,35 @@ def _field_cases() -> Iterator[Case]:
         yield case("gpu_convert", "accept", field.name, accept, 1, elements)
 
 
+def _median_cases() -> Iterator[Case]:
+    from .geometric_median import gpu, gpu_solve
+
+    sums: dict[str, str | None] = dict.fromkeys(
+        ("gram", "partial", "squares", "coefficients", "weights", "gaps", "around", "scratch"), "*fp64"
+    )
+    sizes: dict[str, str | None] = dict.fromkeys(("D", "width", "parts", "blocks", "max_steps"), "i32")
+
+    def case(kernel: str, label: str, plan: Plan, dtype: torch.dtype = F32, module: str = "gpu") -> Case:
+        return Case(
+            name=f"{kernel} {label}",
+            module=f"anabranch_kernels.geometric_median.{module}",
+            kernel=f"{kernel}_kernel",
+            plan=plan,
+            types=sums | sizes | {"statuses": "*i64"} | dict.fromkeys(("points", "centre", "out"), POINTERS[dtype]),
+            multiples=("D", "width"),
+        )
+
+    for N, dtype in ((10, F32), (32, F32), (32, BF16), (100, F32), (100, F16)):
+        yield case("gram", f"N={N} {_name(dtype)}", gpu.gram_plan(N, scaled=False), dtype)
+    for N in (10, 32, 100):
+        yield case("gram", f"scaled N={N}", gpu.gram_plan(N, scaled=True))
+    for dtype in (F32, BF16):
+        yield case("combine", f"N=32 {_name(dtype)}", gpu.combine_plan(32), dtype)
+    yield case("sum", "N=32", gpu.sum_plan(32))
+    for N in (16, 32, 64, 128):
+        yield case("solve", f"N={N}", gpu_solve.plan(N), module="gpu_solve")
+
+
 def kind_of(argument: str, case: Case) -> str | None:
     """Triton type of a kernel's argument; None for one that is a constant or left out."""
     if argument in case.plan.constants:
@@ -293,7 +327,7 @@ def compile_case(case: Case, arch: int) -> Resources:
             signature[name], constants[i,] = "constexpr", case.plan.constants.get(name)
             continue
         signature[name] = kind
-        if kind.startswith("*") or STRIDE.fullmatch(name):
+        if kind.startswith("*") or STRIDE.fullmatch(name) or name in case.multiples:
             attributes[i,] = [["tt.divisibility", 16]]
     plan = case.plan
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "maxnreg": plan.max_registers}

@@ -17,8 +17,7 @@ from math import comb
 import torch
 from torch import Tensor
 
-from anabranch_kernels.geometric_median.op import MAX_ITER, centred_gram, combine
-from anabranch_kernels.geometric_median.solve import Solution, solve
+from anabranch_kernels.geometric_median.op import MAX_ITER, Solution, centred_gram, combine, solve
 
 Rule = Callable[[Tensor], Tensor]  # Gram matrix [N, N] -> coefficients [N]
 Mix = Callable[[Tensor], Tensor]  # Gram matrix [N, N] -> rows [M, N] of coefficients, of M new points

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +13,13 @@ from torch.autograd.function import once_differentiable
 
 from ..library import define
 from . import cpu, reference
+from . import solve as by_torch
 from .gradient import gradients
-from .solve import ANCHOR, COLLINEAR, CONVERGED, MAX_ITER, STATUS, magnification, recentre, solve
+from .solve import ANCHOR, COLLINEAR, CONVERGED, MAX_ITER, STATUS, Solution, magnification, recentre
 
 __all__ = [
-    "ANCHOR", "COLLINEAR", "CONVERGED", "MAX_ITER", "STATUS", "GeometricMedian",
-    "centred_gram", "combine", "geometric_median", "resolution",
+    "ANCHOR", "COLLINEAR", "CONVERGED", "MAX_ITER", "STATUS", "GeometricMedian", "Solution",
+    "centred_gram", "combine", "geometric_median", "resolution", "solve",
 ]  # fmt: skip
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -32,6 +34,7 @@ _gram = define(
     "centred_gram(Tensor points, Tensor? centre) -> Tensor",
     reference=reference.centred_gram,
     cpu=cpu.centred_gram,
+    cuda=lambda *args: import_module(".gpu", __package__).centred_gram(*args),
     fake=lambda points, centre: points.new_empty(
         points.shape[0], points.shape[1], points.shape[1], dtype=_gram_dtype(points)
     ),
@@ -41,8 +44,32 @@ _combine = define(
     "combine(Tensor points, Tensor coefficients, Tensor? centre) -> Tensor",
     reference=reference.combine,
     cpu=cpu.combine,
+    cuda=lambda *args: import_module(".gpu", __package__).combine(*args),
     fake=lambda points, coefficients, centre: points.new_empty(points.shape[0], points.shape[2]),
 )
+
+_solve = define(
+    "geometric_median_solve(Tensor gram, Tensor weights, float tol, int max_steps, float resolution)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=by_torch.solve,
+    cuda=lambda *args: import_module(".gpu_solve", __package__).solve(*args),
+    fake=lambda gram, weights, *rest: (
+        weights.new_empty(weights.shape),
+        weights.new_empty(weights.shape[0]),
+        weights.new_empty(weights.shape[0], dtype=torch.int64),
+        gram.new_empty(gram.shape),
+    ),
+)
+
+
+def solve(gram: Tensor, weights: Tensor, *, tol: float, max_steps: int, resolution: float) -> Solution:
+    """Geometric medians from Gram matrices, as solve.py says; on a GPU one launch for B problems of at most 128 points.
+
+    gram        [B, N, N] float64  around any centres
+    weights     [B, N] float64     non-negative, some of each problem positive
+    resolution  relative rounding of the entries of `gram`
+    """
+    return Solution(*_solve(gram, weights, tol, max_steps, resolution))
 
 
 def resolution(dtype: torch.dtype) -> float:

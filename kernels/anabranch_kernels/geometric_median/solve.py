@@ -64,7 +64,7 @@ class _At(NamedTuple):
     noise: Tensor
 
 
-def solve(gram: Tensor, weights: Tensor, *, tol: float, max_steps: int, resolution: float) -> Solution:
+def solve(gram: Tensor, weights: Tensor, tol: float, max_steps: int, resolution: float) -> Solution:
     """Geometric medians from Gram matrices [B, N, N] around any centres, and weights [B, N] >= 0, some of each > 0.
 
     resolution   relative rounding of the entries of `gram`
