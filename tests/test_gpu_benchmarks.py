@@ -47,13 +47,20 @@ def test_products_over_a_field_agree_to_the_last_bit(run, tmp_path):
     assert not table["absent"]
 
 
+def test_medians_agree_with_their_peers(run, tmp_path):
+    assert run.run_part("median", tmp_path, dry=True) == 0
+    table = json.loads((tmp_path / "gpu-median.json").read_text())
+    assert {sample["case"].split()[0] for sample in table["samples"]} == {"gram", "combine", "median"}
+    assert {"anabranch", "torch 10 steps", "torch float32"} <= {sample["contender"] for sample in table["samples"]}
+
+
 def test_roofs_are_positive(run, tmp_path):
     assert run.run_part("roof", tmp_path, dry=True) == 0
     table = json.loads((tmp_path / "gpu-roof.json").read_text())
     assert min(table[name] for name in ("read_bytes_per_s", "copy_bytes_per_s", "bf16_flops")) > 0
 
 
-@pytest.mark.parametrize("part", ["tune-decode", "tune-prefill"])
+@pytest.mark.parametrize("part", ["tune-decode", "tune-prefill", "tune-gram"])
 def test_other_tiles_than_the_shipped_ones_run(run, part, tmp_path):
     assert run.run_part(part, tmp_path, dry=True) == 0
     table = json.loads((tmp_path / f"gpu-{part}.json").read_text())

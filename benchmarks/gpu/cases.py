@@ -1,8 +1,9 @@
-"""What is timed on a GPU: decode, prefill and training of a DiffQKV shape, the coordinate-wise rules and products over
-finite fields, ours beside every peer that will run them.
+"""What is timed on a GPU: decode, prefill and training of a DiffQKV shape, the coordinate-wise rules, products over
+finite fields and geometric medians of long rows.
 
-A peer that refuses a case (a back-end without unequal heads, a package that is not installed) is named with its reason
-instead of a time. Decode walks through the caches of several layers, so that nothing is served by the L2 cache.
+Ours stands beside every peer that will run a case. A peer that refuses one (a back-end without unequal heads, a package
+that is not installed) is named with its reason instead of a time. Decode walks through the caches of several layers,
+so that nothing is served by the L2 cache.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,9 +20,11 @@ from anabranch.bench.coordinate_rules import coordinate_rules
 from anabranch.bench.timing import Case, Contender
 from anabranch_kernels.attention.op import attention
 from anabranch_kernels.field_coding.op import Field, multiply
+from anabranch_kernels.geometric_median.op import centred_gram, combine, geometric_median
 from anabranch_kernels.paged_attention.op import paged_attention, store_kv
 
 INT8_TOLERANCE = 0.05  # one part in 254 on each K and V element, before the softmax spreads it
+WEISZFELD_STEPS = 10  # of the peers' medians: what federated code runs
 Step = Callable[[], Tensor]
 
 
@@ -329,3 +332,46 @@ def field_product(bench: Bench, title: str, field: Field, M: int, U: int, L: int
     timed = {name: (step, moved, operations, 0.0) for name, step in steps.items()}
     name = f"{title} {field.name} [{M}, {U}] x [{U}, {L}]"
     return Case(name=name, contenders=bench.contenders(name, timed))
+
+
+def medians(bench: Bench, B: int, N: int, D: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Gram matrix, combination and median of N rows of D numbers, of which a quarter lies apart; B problems."""
+    points = torch.empty(B, N, D, device=bench.device, dtype=dtype)
+    for i in range(N):
+        points[:, i].normal_().add_(0.5 if i < N // 4 else 0.0)
+    centre = points[:, 0]
+    a = torch.rand(B, N, device=bench.device, dtype=torch.float64)
+    a /= a.sum(1, keepdim=True)
+    label = f"B={B} N={N} D={D} {str(dtype).removeprefix('torch.')}"
+
+    def gram() -> Tensor:
+        rows = points.float() - centre[:, None].float()
+        return rows @ rows.mT
+
+    def weiszfeld() -> Tensor:
+        x = points.mean(1, dtype=torch.float32)
+        for _ in range(WEISZFELD_STEPS):
+            v = 1 / torch.linalg.vector_norm(points.float() - x[:, None], dim=2).clamp_min(1e-6)
+            x = ((v / v.sum(1, keepdim=True))[:, :, None] * points.float()).sum(1)
+        return x
+
+    timed: dict[str, tuple[int, int, dict[str, Step]]] = {
+        "gram": (1, B * N * (N + 1) * D, {
+            "anabranch": lambda: centred_gram(points, centre),
+            "torch float32": gram,
+            "torch.compile float32": bench.compile(gram),
+        }),
+        "combine": (1, 2 * B * N * D, {
+            "anabranch": lambda: combine(points, a, centre),
+            "torch": lambda: (a.to(dtype)[:, None] @ points)[:, 0],
+        }),
+        "median": (2, B * N * (N + 3) * D, {
+            "anabranch": lambda: geometric_median(points).point,
+            f"torch {WEISZFELD_STEPS} steps": weiszfeld,
+            f"torch.compile {WEISZFELD_STEPS} steps": bench.compile(weiszfeld),
+        }),
+    }  # fmt: skip
+    for kind, (reads, flops, steps) in timed.items():
+        name = f"{kind} {label}"
+        rows = {title: (step, reads * points.nbytes, flops, 0.02) for title, step in steps.items()}
+        yield Case(name=name, contenders=bench.contenders(name, rows))

@@ -41,8 +41,10 @@ PARTS = (
     "train",
     "coordinate-rules",
     "field",
+    "median",
     "tune-decode",
     "tune-prefill",
+    "tune-gram",
 )
 LIMIT_S = 540
 REPEATS = 30
@@ -89,9 +91,8 @@ def run_part(part: str, out: Path, *, dry: bool) -> int:
 
 def run_tests(*, dry: bool) -> int:
     """Tests of the Triton kernels, which take the GPU when there is one, and whatever else is marked gpu."""
-    kernels = [
-        f"tests/kernels/test_{op}_gpu.py" for op in ("paged_attention", "attention", "coordinate_rules", "field_coding")
-    ]
+    ops = ("paged_attention", "attention", "coordinate_rules", "field_coding", "geometric_median")
+    kernels = [f"tests/kernels/test_{op}_gpu.py" for op in ops]
     others = [f"--ignore={path}" for path in kernels]
     failed = 0
     how = ["--collect-only"] if dry else ["-n", "8"]  # most of the time goes into compiling
@@ -183,7 +184,7 @@ def measure_part(part: str, out: Path, *, dry: bool) -> int:
     bench = cases.Bench(
         device=device_of(dry),
         dtype=torch.float32 if dry else torch.bfloat16,
-        wrap=(lambda step: step) if dry or part == "train" else graphed,
+        wrap=(lambda step: step) if dry or part in ("train", "median") else graphed,
         compile=(lambda function: function) if dry else torch.compile,
     )
     roof = roofs(dry=dry)
@@ -230,6 +231,8 @@ def planned_cases(part: str, bench: cases.Bench, *, dry: bool) -> Iterator[Case]
         elif part == "field":
             yield cases.field_product(bench, "encode", BABYBEAR, 6, 5, 100)
             yield cases.field_product(bench, "project", BABYBEAR, 3, 1200, 2)
+        elif part == "median":
+            yield from cases.medians(bench, 2, 5, 40, torch.float32)
         else:
             yield cases.decode(bench, tiny, 2, 40, 1)
         return
@@ -264,6 +267,9 @@ def planned_cases(part: str, bench: cases.Bench, *, dry: bool) -> Iterator[Case]
             ("project", 64, 3_125_000, 4),
         ):
             yield cases.field_product(bench, title, BABYBEAR, M, U, L)
+    if part == "median":
+        for dtype, (B, D) in itertools.product((torch.float32, torch.bfloat16), ((1, 10**8), (64, 65536))):
+            yield from cases.medians(bench, B, 32, D, dtype)
 
 
 def tune(part: str, out: Path, *, dry: bool) -> int:

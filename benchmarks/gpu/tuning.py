@@ -1,4 +1,4 @@
-"""Launches of the decode and prefill kernels with other tiles than the shipped ones, on the shapes that matter most."""
+"""Launches of the decode, prefill and Gram kernels with other tiles than the shipped ones, on shapes that matter."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anabranch_kernels.geometric_median import gpu as gpu_median
 from anabranch_kernels.launch import Plan
 from anabranch_kernels.paged_attention import gpu_decode, gpu_prefill
 from anabranch_kernels.paged_attention.gpu_pages import EVERYTHING
@@ -18,7 +19,9 @@ HEADS, FEW_HEADS = (32, 4, 16), (2, 1, 2)
 
 def describe(plan: Plan) -> dict[str, int | None]:
     tiles = {
-        name: plan.constants[name] for name in ("BLOCK_M", "BLOCK_N", "MIN_SPLIT", "PAGE") if name in plan.constants
+        name: plan.constants[name]
+        for name in ("BLOCK_M", "BLOCK_N", "MIN_SPLIT", "PAGE", "ROWS", "TILE")
+        if name in plan.constants
     }
     return {**tiles, "num_warps": plan.num_warps, "num_stages": plan.num_stages, "max_registers": plan.max_registers}
 
@@ -30,6 +33,9 @@ def problems(part: str, device: torch.device, *, dry: bool) -> Iterator[tuple[st
     if part == "tune-decode":
         for width, cache in itertools.product(widths, (query, torch.int8)):
             yield decode_problem(device, width, query, cache, *((1, 20) if dry else (32, 8192)))
+    elif part == "tune-gram":
+        for N, dtype in itertools.product((8, 32, 64, 128), (torch.float32, torch.bfloat16)):
+            yield gram_problem(device, 3 if dry else N, 100 if dry else (1 << 30) // N, dtype)
     else:
         for width in widths:
             yield prefill_problem(device, width, query, 20 if dry else 8192)
@@ -64,6 +70,23 @@ def prefill_problem(
         plans.append(replace(shipped, constants=constants, num_warps=warps, num_stages=stages))
     label = f"prefill d={width} T={tokens}"
     return label, plans, lambda plan: gpu_prefill.prefill(*inputs, *results, shortest=1, tuned=plan)
+
+
+def gram_problem(
+    device: torch.device, N: int, D: int, dtype: torch.dtype
+) -> tuple[str, list[Plan], Callable[[Plan], None]]:
+    points = torch.randn(1, N, D, device=device, dtype=dtype)
+    shipped = gpu_median.gram_plan(N, scaled=False)
+    plans = [shipped]
+    for tile, warps, stages in itertools.product((32, 64, 128), (1, 2, 4), (2, 3, 4)):
+        if shipped.constants["ROWS"] * tile <= 4096 * warps:  # numbers that a warp must hold
+            constants = shipped.constants | {"TILE": tile}
+            plans.append(replace(shipped, constants=constants, num_warps=warps, num_stages=stages))
+
+    def launch(plan: Plan) -> None:
+        gpu_median.centred_gram(points, points[:, 0], plan)
+
+    return f"gram N={N} D={D} {dtype}", plans, launch
 
 
 def _tensors(
