@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from anabranch_kernels.geometric_median import cpu, reference
+from anabranch_kernels.geometric_median import cpu, op, reference
 from anabranch_kernels.geometric_median.op import STATUS, centred_gram, combine, geometric_median
 from anabranch_kernels.geometric_median.solve import MAX_ITER, solve
 from anabranch_kernels.native import extension
@@ -446,6 +446,8 @@ def test_opcheck():
     torch.library.opcheck(ops.centred_gram.default, (points, points[:, 0]))
     torch.library.opcheck(ops.centred_gram.default, (points.double(), None))
     torch.library.opcheck(ops.combine.default, (points, weights.double(), points[:, 1]))
+    gram = points.double() @ points.double().mT
+    torch.library.opcheck(ops.geometric_median_solve.default, (gram, weights.double(), 1e-6, 100, 2.0**-52))
     torch.library.opcheck(ops.geometric_median.default, (points, weights, None, False, 1e-6, 100))
     x, a, _, stat, dropped, gram = ops.geometric_median(points, weights, None, False, 1e-6, 100)
     torch.library.opcheck(ops.geometric_median_backward.default, (x, points, weights, x, a, stat, dropped, gram))
@@ -481,6 +483,7 @@ def test_compiles_whole():
         (lambda p, w: geometric_median(p, max_steps=-1), "max_steps not negative, got .*max_steps=-1"),
         (lambda p, w: combine(p, w), r"coefficients must be \[2, 3\] torch.float64 on cpu, got \[2, 3\] torch.float32"),
         (lambda p, w: combine(p, w[:, :1].double()), r"coefficients must be \[2, 3\] torch.float64"),
+        (lambda p, w: op.solve(p, w, tol=1e-6, max_steps=1, resolution=0), r"gram must be \[B, N, N\] .* \[2, 3, 4\]"),
         (lambda p, w: centred_gram(p, p[:1, 0]), r"centre must be \[2, 4\]"),
     ],
 )  # fmt: skip

@@ -8,10 +8,10 @@ Bound    memory up to about 64 rows. Each number is turned into a sum of two of 
          two products h (h + 2 l)' where a problem is one block, and is made symmetric in the end; three where it is
          more. The float32 units would need N (N + 1) / 2 multiply-adds for N numbers, which at N = 32 is all they have
          while these numbers arrive.
-Numerics l l' is left out: 2^-24 of the product of two norms, as much as rounding to float32. Sums are float32 within
-         tiles of TILE columns, float64 beyond. Equal rows take equal steps, so their distance is exactly zero. Where
-         the squares of a row of a stretch leave float32's range, the stretch is read again, each row of a tile over a
-         power of two of its own; otherwise the launch that would do so finds nothing to do.
+Numerics l l' is left out: at most 2^-22 of the product of two norms, 2^-25 as a mean, as rounding to float32 is. Sums
+         are float32 within tiles of TILE columns, float64 beyond. Equal rows take equal steps: their distance
+         is exactly zero. Where the squares of a row of a stretch leave float32's range, the stretch is read
+         again, each row of a tile over a power of two; otherwise the launch that would do so finds nothing to do.
 Not here float64 rows: they go to the reference, on purpose. The problem of N unknowns in between: gpu_solve.py.
 """
 
@@ -90,7 +90,7 @@ def _split(x):
 def _rescue(points, centre, squares, row, points_row, N, count, TILE: tl.constexpr):
     """Whether some of these rows needs another scale: finite, not zero, squares out of float32's range."""
     square = tl.load(squares + row, mask=row < N, other=1.0)
-    odd = ~((square > 1e-20) & (square < 1e30))
+    odd = ~((square > 1e-24) & (square < 1e30))  # above it, what products below 2^-126 lose is nothing
     if centre is not None:  # the centre's own row is zero, and need not be read for that
         own = (points + row.to(tl.int64) * points_row).to(tl.int64) == centre.to(tl.int64)
         odd = odd & ~(own & (square == 0.0))

@@ -68,7 +68,14 @@ def solve(gram: Tensor, weights: Tensor, *, tol: float, max_steps: int, resoluti
     gram        [B, N, N] float64  around any centres
     weights     [B, N] float64     non-negative, some of each problem positive
     resolution  relative rounding of the entries of `gram`
+
+    Raises ValueError for shapes and dtypes that do not fit.
     """
+    B, N = gram.shape[:2] if gram.ndim == 3 else (-1, -1)
+    if N < 1 or gram.shape[2] != N or list(weights.shape) != [B, N] or weights.dtype != gram.dtype:
+        raise ValueError(
+            f"gram must be [B, N, N] and weights [B, N] of its dtype, got {_what(gram)} and {_what(weights)}"
+        )
     return Solution(*_solve(gram, weights, tol, max_steps, resolution))
 
 
