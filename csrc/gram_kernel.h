@@ -45,6 +45,39 @@ struct RowPiece {
     for (int k = 0; k < count; ++k)
       if (!std::isfinite(to[k])) to[k] = 0.0f;
   }
+
+  // Rows whose squares add up to this meet each other without overflow, and no product that matters underflows.
+  static constexpr float kSmallest = 1e-20f, kLargest = 1e30f;
+
+  // Copies a piece of a row, centred, over 2^e; returns 2^e. It is 1 unless squares would leave float32's range.
+  template <class T>
+  static double copy(const T* row, int count, const float* centre, float* to) {
+    F squares[2] = {S::zero(), S::zero()};  // two, since each addition waits for the one before
+    each(row, count, [&](int k, F x) {
+      const F difference = S::add(x, S::load(centre + k));
+      S::store(to + k, difference);
+      F& sum = squares[k / W & 1];
+      sum = S::fma(difference, difference, sum);
+    });
+    const float square = S::sum(S::add(squares[0], squares[1]));
+    return square >= kSmallest && square <= kLargest ? 1.0 : scale(to, count);
+  }
+
+  [[gnu::noinline]] static double scale(float* row, int count) {
+    F largest = S::zero();
+    for (int k = 0; k < count; k += W) {
+      const F x = S::load(row + k);
+      largest = S::max(largest, S::max(x, S::mul(x, S::set1(-1.0f))));
+    }
+    const float magnitude = S::highest(largest);
+    if (magnitude == 0.0f || !std::isfinite(magnitude)) return 1.0;
+    int exponent = 0;
+    std::frexp(magnitude, &exponent);
+    exponent = std::max(exponent, -100);  // 2^100 can be multiplied with in float32, and suffices
+    const F factor = S::set1(std::ldexp(1.0f, -exponent));
+    for (int k = 0; k < count; k += W) S::store(row + k, S::mul(S::load(row + k), factor));
+    return std::ldexp(1.0, exponent);
+  }
 };
 
 template <class S>
@@ -54,8 +87,6 @@ class GramKernel {
   static constexpr int kRows = 4, kColumns = S::W == 16 ? 4 : 2;  // of a register block
   static constexpr int kBlock = kRows * kColumns;
   static constexpr int kGroup = 2 * kRows;  // rows that stay in the first cache while all others pass
-  // Rows whose squares add up to this meet each other without overflow, and no product that matters underflows.
-  static constexpr float kSmallest = 1e-20f, kLargest = 1e30f;
 
  public:
   explicit GramKernel(const GramCall& call)
@@ -85,7 +116,7 @@ class GramKernel {
           RowPiece<S>::negate_centre(zero == nullptr ? zero : zero + at, count, centre);
           bool scaled = false;
           for (int i = 0; i < c_.N; ++i) {
-            factors[i] = copy(points + i * c_.row + at, count, centre, scratch + int64_t{i} * stride_);
+            factors[i] = RowPiece<S>::copy(points + i * c_.row + at, count, centre, scratch + int64_t{i} * stride_);
             scaled |= factors[i] != 1.0;
           }
           add_tile(scratch, scaled ? factors : nullptr, (count + W - 1) / W,
@@ -102,36 +133,6 @@ class GramKernel {
   }
 
  private:
-  // Copies a piece of a row, centred, over 2^e; returns 2^e. It is 1 unless squares would leave float32's range.
-  template <class T>
-  double copy(const T* row, int count, const float* centre, float* to) const {
-    F squares[2] = {S::zero(), S::zero()};  // two, since each addition waits for the one before
-    RowPiece<S>::each(row, count, [&](int k, F x) {
-      const F difference = S::add(x, S::load(centre + k));
-      S::store(to + k, difference);
-      F& sum = squares[k / W & 1];
-      sum = S::fma(difference, difference, sum);
-    });
-    const float square = S::sum(S::add(squares[0], squares[1]));
-    return square >= kSmallest && square <= kLargest ? 1.0 : scale(to, count);
-  }
-
-  [[gnu::noinline]] double scale(float* row, int count) const {
-    F largest = S::zero();
-    for (int k = 0; k < count; k += W) {
-      const F x = S::load(row + k);
-      largest = S::max(largest, S::max(x, S::mul(x, S::set1(-1.0f))));
-    }
-    const float magnitude = S::highest(largest);
-    if (magnitude == 0.0f || !std::isfinite(magnitude)) return 1.0;
-    int exponent = 0;
-    std::frexp(magnitude, &exponent);
-    exponent = std::max(exponent, -100);  // 2^100 can be multiplied with in float32, and suffices
-    const F factor = S::set1(std::ldexp(1.0f, -exponent));
-    for (int k = 0; k < count; k += W) S::store(row + k, S::mul(S::load(row + k), factor));
-    return std::ldexp(1.0, exponent);
-  }
-
   // All pairs of blocks of rows, a group of rows against all that follow.
   template <class Body>
   void each_block(Body&& body) const {

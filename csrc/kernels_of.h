@@ -4,6 +4,7 @@
 #include "attention_kernel.h"
 #include "coordinate_kernel.h"
 #include "gram_kernel.h"
+#include "gram_tiles.h"
 #include "linear_kernel.h"
 #include "linear_tiles.h"
 
@@ -57,6 +58,14 @@ constexpr decltype(Kernels::coordinates) coordinates_of() {
   };
 }
 
+// Calls body with the kernel for so many rows.
+template <class S, class Body>
+auto with_gram(const GramCall& call, Body&& body) {
+  if constexpr (S::tiles)
+    if (GramTiles<S>::fits(call)) return body(GramTiles<S>(call));
+  return body(GramKernel<S>(call));
+}
+
 template <class S>
 constexpr Kernels kernels_of() {
   return {
@@ -78,9 +87,11 @@ constexpr Kernels kernels_of() {
       [](const LinearCall& call, const float* packed, int64_t begin, int64_t end) {
         with_linear<S>(call, [&](const auto& kernel) { kernel.rows(packed, begin, end); });
       },
-      [](const GramCall& call) { return GramKernel<S>(call).scratch_floats(); },
+      [](const GramCall& call) {
+        return with_gram<S>(call, [](const auto& kernel) { return kernel.scratch_floats(); });
+      },
       [](const GramCall& call, int b, int64_t begin, int64_t end, float* scratch, double* sums) {
-        GramKernel<S>(call).add(b, begin, end, scratch, sums);
+        with_gram<S>(call, [&](const auto& kernel) { kernel.add(b, begin, end, scratch, sums); });
       },
       [] { return CombineKernel<S>::scratch_floats(); },
       [](const CombineCall& call, int b, const Addend* addends, int count, int64_t begin, int64_t end, float* scratch) {

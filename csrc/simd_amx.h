@@ -54,6 +54,53 @@ struct Amx : Avx512Pairs<true> {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
   }
 
+  static F finite_or_zero(F x) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(mul(x, zero()), zero(), _CMP_EQ_OQ), x);
+  }
+  // Cuts 32 numbers into pairs (a_i, b_i) of bfloat16 that add up to them: the first part is rounded, the second cut
+  // off, the third what remains.
+  static void cut(F a, F b, F (&part)[3]) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u)), half = _mm512_set1_epi32(0x8000);
+    const auto pair = [&](__m512i x, __m512i y) __attribute__((always_inline)) {
+      return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_srli_epi32(x, 16), y, upper, 0xd8));  // y in upper
+    };
+    const auto rest = [&](F x, __m512i taken) __attribute__((always_inline)) {
+      return _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(taken, upper)));
+    };
+    __m512i x = _mm512_add_epi32(_mm512_castps_si512(a), half), y = _mm512_add_epi32(_mm512_castps_si512(b), half);
+    part[0] = pair(x, y);
+    a = rest(a, x), b = rest(b, y);
+    x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
+    part[1] = pair(x, y);
+    part[2] = pair(_mm512_castps_si512(rest(a, x)), _mm512_castps_si512(rest(b, y)));
+  }
+  // Sixteen rows of sixteen pieces of four bytes, transposed.
+  static void turn(const char* from, char* to) {
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      __m512i t[4];
+#pragma GCC unroll 4
+      for (int m = 0; m < 4; ++m) {  // of rows m, 4 + m, 8 + m and 12 + m
+        const __m128i* row = reinterpret_cast<const __m128i*>(from + m * 64 + 16 * q);
+        t[m] = _mm512_inserti32x4(_mm512_castsi128_si512(_mm_load_si128(row)), _mm_load_si128(row + 16), 1);
+        t[m] = _mm512_inserti32x4(t[m], _mm_load_si128(row + 32), 2);
+        t[m] = _mm512_inserti32x4(t[m], _mm_load_si128(row + 48), 3);
+      }
+      const __m512i ab0 = _mm512_unpacklo_epi32(t[0], t[1]), ab1 = _mm512_unpackhi_epi32(t[0], t[1]);
+      const __m512i cd0 = _mm512_unpacklo_epi32(t[2], t[3]), cd1 = _mm512_unpackhi_epi32(t[2], t[3]);
+      __m512i* at = reinterpret_cast<__m512i*>(to + 4 * q * 64);
+      _mm512_store_si512(at, _mm512_unpacklo_epi64(ab0, cd0));
+      _mm512_store_si512(at + 1, _mm512_unpackhi_epi64(ab0, cd0));
+      _mm512_store_si512(at + 2, _mm512_unpacklo_epi64(ab1, cd1));
+      _mm512_store_si512(at + 3, _mm512_unpackhi_epi64(ab1, cd1));
+    }
+  }
+  // n numbers, a multiple of 16, added to float64 sums.
+  static void add_to(const float* numbers, int64_t n, double* sums) {
+    for (int64_t i = 0; i < n; i += 8)
+      _mm512_storeu_pd(sums + i, _mm512_add_pd(_mm512_loadu_pd(sums + i), _mm512_cvtps_pd(_mm256_loadu_ps(numbers + i))));
+  }
+
   // The largest of n numbers of sixteen bits after their sign bits are cleared.
   static uint16_t largest_bits(const uint16_t* p, int n) {
     const __m512i magnitude = _mm512_set1_epi16(0x7fff);
