@@ -5,7 +5,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from anabranch.bench.geometric_median import medians
+from anabranch.bench.geometric_median import CENTRED, cloud, medians
 from anabranch.bench.timing import Case
 
 KINDS = ("gram", "combine", "median")
@@ -13,7 +13,7 @@ KINDS = ("gram", "combine", "median")
 
 @lru_cache(maxsize=1)
 def cases(N: int, D: int, dtype: torch.dtype) -> list[Case]:
-    return medians(N, D, dtype=dtype)
+    return medians(cloud(N, D, dtype=dtype, data=CENTRED))
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["anabranch", "torch"])

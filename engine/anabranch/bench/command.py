@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from anabranch.bench.aggregate import FilesReport
     from anabranch.bench.field_coding import FieldReport
+    from anabranch.bench.geometric_median import Measured, MedianReport
     from anabranch.bench.report import Report, Table
     from anabranch.bench.serve import ServeReport
     from anabranch.bench.timing import Roofs, Sample
@@ -33,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _add_kind(kinds, "coordinate-rules", "medians and trimmed means beside torch's sort and ByzFL")
     )
     _add_aggregate(_add_kind(kinds, "aggregate", "clients' files beside a copy of the same bytes", plot=False))
+    _add_median(
+        _add_kind(kinds, "geometric-median", "the geometric median beside torch and other libraries", plot=False)
+    )
     _add_engine(_add_kind(kinds, "engine", "a 315M-parameter Llama beside transformers and llama.cpp"))
     fields = _add_kind(kinds, "field-coding", "secret sharing over finite fields beside NumPy and galois", plot=False)
     fields.epilog = "examples:\n  anabranch bench field-coding --threads 1 --repeats 7 --markdown field_coding.md\n"
@@ -50,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         reports.check_plot_library()
     args.repeats = 3 if args.quick else args.repeats
     kinds: dict[str, Callable[[argparse.Namespace], Table]] = {
-        "serve": _serve, "aggregate": _aggregate, "field-coding": _field_coding,
+        "serve": _serve, "aggregate": _aggregate, "field-coding": _field_coding, "geometric-median": _median,
     }  # fmt: skip
     report = kinds.get(args.kind, _measure)(args)
     print(reports.to_text(report))
@@ -127,6 +131,25 @@ def _add_aggregate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the tensors (%(default)s)")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before every call")
     parser.add_argument("--folder", type=Path, help="where the files are made for the time being (default: /tmp's)")
+
+
+def _add_median(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  anabranch bench geometric-median
+  anabranch bench geometric-median --clients 16 32 64 --numbers 1000000 --dtypes bfloat16 --repeats 7
+"""
+    parser.set_defaults(repeats=7)
+    parser.add_argument("--clients", type=int, nargs="+", default=[32], help="points (%(default)s)")
+    parser.add_argument("--numbers", type=int, default=10_000_000, help="numbers of a point (%(default)s)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="of points (%(default)s)")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        choices=("centred", "offset"),
+        default=["centred", "offset"],
+        help="where their mean lies (%(default)s)",
+    )
+    parser.add_argument("--no-peers", action="store_true", help="leave out geom-median and byzfl")
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
@@ -235,6 +258,38 @@ def _coordinate_rules(args: argparse.Namespace, roofs: "Roofs") -> "Report":
             samples += [ours, *(replace(sample, read_roof=ours.read_roof) for sample in beside)]
     title = "Coordinate-wise rules over N vectors of D numbers, f = N / 4"
     return Report(title=title, machine=machine.describe(), samples=tuple(samples), absent=tuple(absent))
+
+
+def _median(args: argparse.Namespace) -> "MedianReport":
+    import torch
+
+    from anabranch.bench import geometric_median as bench
+    from anabranch.bench import machine
+    from anabranch_kernels.roofline import read_sweep
+
+    if min(args.clients) < 2 or args.numbers < 1:
+        raise ValueError(f"--clients must be at least 2 and --numbers 1, got {args.clients} and {args.numbers}")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(args.threads or before)
+        read = read_sweep(bytes=1 << 20 if args.quick else 1 << 29)
+        samples: list[Measured] = []
+        absent: dict[str, None] = {}
+        for name in args.dtypes:
+            for N in args.clients:
+                for data in args.data:
+                    D = 200 if args.quick else args.numbers
+                    measured, missing = bench.measure_all(
+                        N, D, read, dtype=getattr(torch, name), data=data, repeats=args.repeats, peers=not args.no_peers
+                    )
+                    samples += measured
+                    absent |= dict.fromkeys(missing)
+        return bench.MedianReport(
+            title="Geometric median of N points of D numbers", machine=machine.describe(), samples=tuple(samples),
+            absent=tuple(absent),
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
 
 
 def _engine(args: argparse.Namespace, roofs: "Roofs") -> "Report":

@@ -1,7 +1,7 @@
 """Products of centred rows and a sum of them on the CPU: C++ (csrc/geometric_median.cpp), torch for float64.
 
-Layout   tiles of 512 columns of all rows are copied side by side, centred; blocks of 4 rows meet 4 in registers. From 16
-         rows on, with AMX, exact parts of them in bfloat16 meet in its tiles (csrc/gram_tiles.h).
+Layout   tiles of 512 columns of all rows are copied side by side, centred; blocks of 4 rows meet 4 in registers. With
+         AMX, from 16 rows on, exact parts of them in bfloat16 meet in its tiles (csrc/gram_tiles.h).
 Bound    memory for few rows, arithmetic from about 32 on: N / 2 multiply-adds for each element read.
 Numerics products and sums of a tile in float32, tiles in float64; a row whose squares would leave float32's range is
          scaled by a power of two. The bits depend on the sizes alone, not on the number of threads.

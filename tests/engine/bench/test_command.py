@@ -41,6 +41,19 @@ def test_a_quick_run_over_files_compares_with_a_copy(options, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_quick_run_of_the_median_writes_a_table(tmp_path, capsys):
+    files = {name: tmp_path / f"table.{name}" for name in ("json", "markdown")}
+    options = [part for name, path in files.items() for part in (f"--{name}", str(path))]
+    assert main(["bench", "geometric-median", "--quick", "--clients", "5", "--no-peers", *options]) == 0
+    samples = json.loads(files["json"].read_text())["samples"]
+    medians = [one for one in samples if one["case"].startswith("median")]
+    assert {one["contender"] for one in medians} == {"anabranch", "torch 10 steps"}
+    assert all(one["gap_rel"] <= 1e-6 for one in medians if one["contender"] == "anabranch")
+    assert all(one["case"] in files["markdown"].read_text() for one in samples)
+    assert main(["bench", "geometric-median", "--clients", "1"]) == 2
+    assert "--clients must be at least 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--url", "x"], "--url must be NAME=http://"), (["--clients", "0"], "--clients must be at least 1")],
