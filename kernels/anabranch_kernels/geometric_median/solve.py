@@ -179,6 +179,8 @@ def _escape(K: Tensor, w: Tensor, here: Tensor, v: Tensor, norm: Tensor, excess:
         value = at(K, w, trial).gain
         better = ~found & (value < lowest)
         a, lowest, found = torch.where(better[:, None], trial, a), torch.where(better, value, lowest), found | better
+        if bool(found.all()):
+            break
     return torch.where((at(K, w, w).gain < lowest)[:, None], w, a)
 
 
