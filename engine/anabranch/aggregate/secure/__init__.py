@@ -1,0 +1,1 @@
+"""Secure, verifiable aggregation of long vectors: the server learns a weighted sum and proves it. SVAFD-style."""
