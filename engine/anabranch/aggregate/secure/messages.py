@@ -55,7 +55,7 @@ def clients(value: Any, parameters: Parameters) -> tuple[int, ...]:
 def all_octets(value: Any, length: int, count: int) -> tuple[bytes, ...]:
     """As many byte strings."""
     if len(items(value, count)) != count:
-        raise Malformed(f"needs {count} byte strings")
+        raise Malformed(f"needs a list of {count}")
     return tuple(octets(one, length) for one in value)
 
 

@@ -102,6 +102,9 @@ class Server:
             assert now.claim is not None
             if message.result != now.claim.digest:
                 raise ProtocolError(who, "projects for another result")
+            assert now.view is not None
+            if message.masked != (self._parameters.mode == "mask" and sender in now.view.accepted):
+                raise ProtocolError(who, "projects masked vectors that it should not, or not those it should")
 
     def advance(self) -> Outgoing:
         """Close the step and make the next messages."""
@@ -216,15 +219,13 @@ class Server:
         p, now = self._parameters, self._round
         assert now.view is not None
         assert now.claim is not None
-        read = {j: to_elements(frame.parts[0], p.field) for j, frame in projections.items()}
-        members = tuple(j for j in sorted(read) if read[j] is not None)
+        letters = {j: letter for j in sorted(projections) if (letter := self._letter(j, projections[j])) is not None}
+        members = tuple(letters)
         errors = correctable(members, p)
-        wrong = locate(
-            p.code, members, torch.stack([letter for j in members if (letter := read[j]) is not None]), errors
-        )
+        wrong = locate(p.code, members, torch.stack(list(letters.values())), errors)
         if wrong is None:
             raise ProtocolError("server", f"more than {errors} of {len(members)} projections are wrong")
-        masked = self._right_masked(projections, members)
+        masked = tuple(i for i in members if len(projections[i].parts) == 2)
         late = tuple(i for i in now.view.accepted if i not in masked) if p.mode == "mask" else ()
         proof = m.Proof(members, tuple(projections[j].signature for j in members), wrong, masked, late)
         parts: list[Part] = [b"".join(projections[j].parts[0] for j in members)]
@@ -269,20 +270,16 @@ class Server:
         assert isinstance(message, m.Shares)
         return self._round.shares[owner].parts[len(message.recipients)]
 
-    def _right_masked(self, projections: Mapping[int, Frame], members: tuple[int, ...]) -> tuple[int, ...]:
-        """Owners whose projections of their masked vectors are right; the others count as silent."""
-        p, view, claim = self._parameters, self._round.view, self._round.claim
-        assert view is not None
+    def _letter(self, client: int, projection: Frame) -> Tensor | None:
+        """A client's projection [copies], unless it is none or the client lies about its masked vector."""
+        p, claim = self._parameters, self._round.claim
         assert claim is not None
-        right = []
-        for i in members:
-            if i in view.accepted and len(projections[i].parts) == 2:
-                masked = to_elements(self._masked(i), p.field)
-                assert masked is not None  # or its Shares had been refused
-                expected = project(masked.view(p.blocks, -1), claim.seed, p)
-                if to_bytes(expected) == projections[i].parts[1]:
-                    right.append(i)
-        return tuple(right)
+        if len(projection.parts) == 2:
+            masked = to_elements(self._masked(client), p.field)
+            assert masked is not None  # or its Shares had been refused
+            if to_bytes(project(masked.view(p.blocks, -1), claim.seed, p)) != projection.parts[1]:
+                return None
+        return to_elements(projection.parts[0], p.field)
 
     def _conclude(self, view: View, claim: verify.Claim, proof: m.Proof, frame: Frame) -> None:
         """Check as the clients will."""

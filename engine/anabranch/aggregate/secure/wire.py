@@ -10,7 +10,6 @@ decodes encodes to the same bytes. Parts are views into the bytes received; vect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from anabranch.aggregate.secure.errors import ProtocolError, cbor
 from anabranch.aggregate.secure.keys import Identity, is_signed
-from anabranch.aggregate.secure.messages import KINDS, Malformed, Message, integer, octets
+from anabranch.aggregate.secure.messages import KINDS, Malformed, Message, all_octets, integer
 from anabranch.aggregate.secure.parameters import VERSION, Parameters
 from anabranch_kernels.field_coding.op import Field, is_canonical
 
@@ -48,24 +47,27 @@ class Header:
     @staticmethod
     def decode(header: bytes, parameters: Parameters) -> "Header":
         """Raises Malformed for anything that does not encode to the same bytes."""
-        plain = _canonical(header)
-        if not isinstance(plain, list) or len(plain) != 9:
+        try:
+            plain = cbor().loads(header, max_depth=8, allow_indefinite=False)
+        except Exception as error:  # tags may run any of cbor2's own decoders, and each fails in its own way
+            raise Malformed("its header is not CBOR") from error
+        if type(plain) is not list or len(plain) != 9:
             raise Malformed("its header is not a list of nine")
         version, kind, p, digest, number, sender, recipient, body, digests = plain
         if (version, p, digest) != (VERSION, parameters.field.p, parameters.digest):
             raise Malformed("it belongs to another session, or to other parameters")
         N = parameters.clients
-        integer(kind, len(KINDS) - 1)
-        message = KINDS[kind].of(body, parameters)
-        if not isinstance(digests, list) or len(digests) != len(message.lengths(parameters)):
-            raise Malformed("it has the wrong number of parts")
-        return Header(
+        message = KINDS[integer(kind, len(KINDS) - 1)].of(body, parameters)
+        decoded = Header(
             number=integer(number, 2**32 - 1),
             sender=integer(sender, N),
             recipient=None if recipient is None else integer(recipient, N),
             message=message,
-            digests=tuple(octets(one, 32) for one in digests),
+            digests=all_octets(digests, 32, len(message.lengths(parameters))),
         )
+        if decoded.encode(parameters) != header:
+            raise Malformed("its header is not canonical CBOR")
+        return decoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,15 +178,3 @@ def to_elements(data: Part, field: Field, out: Tensor | None = None) -> Tensor |
     elements = torch.empty(len(data) // field.bytes, dtype=field.dtype) if out is None else out
     np.copyto(elements.numpy(), np.frombuffer(data, dtype=width))
     return elements if is_canonical(elements, field) else None
-
-
-def _canonical(data: bytes) -> Any:
-    """The value that canonical CBOR stands for."""
-    try:
-        value = cbor().loads(data, max_depth=8, allow_indefinite=False)
-        again = cbor().dumps(value, canonical=True)
-    except Exception as error:  # tags may run any of cbor2's own decoders, and each fails in its own way
-        raise Malformed("its header is not CBOR") from error
-    if again != data:
-        raise Malformed("its header is not canonical CBOR")
-    return value

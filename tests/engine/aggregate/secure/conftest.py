@@ -13,6 +13,7 @@ import torch
 from anabranch.aggregate.secure import local
 from anabranch.aggregate.secure.client import Client
 from anabranch.aggregate.secure.keys import Identity
+from anabranch.aggregate.secure.messages import Message
 from anabranch.aggregate.secure.outcome import Outcome
 from anabranch.aggregate.secure.parameters import Parameters
 from anabranch.aggregate.secure.server import Server
@@ -34,6 +35,22 @@ class Session:
         local.run_round(self.server, self.clients, number, self.vectors, wire)
         assert self.server.outcome is not None
         return self.server.outcome
+
+    def run_to(self, kind: type[Message], number: int = 1) -> dict[int, bytes]:
+        """A round up to the server's messages of this kind, which are returned and not delivered."""
+        self.server.begin(number)
+        answers = {i: client.share(number, self.vectors[i]) for i, client in self.clients.items()}
+        while True:
+            for answer in answers.values():
+                self.server.receive(answer)
+            outgoing = self.server.advance()
+            if all(type(self.message(one)) is kind for one in outgoing.values()):
+                return outgoing
+            replies = {i: self.clients[i].receive(one) for i, one in outgoing.items()}
+            answers = {i: reply for i, reply in replies.items() if reply is not None}
+
+    def message(self, data: bytes) -> Any:
+        return read(data, self.parameters).header.message
 
     def expected(self, accepted: tuple[int, ...]) -> list[int]:
         """The sum in Python's integers, modulo p."""
@@ -78,13 +95,15 @@ def session() -> Callable[..., Session]:
     """`session(N=9, kinds={3: Liar}, proof="V1")`: parties that have met."""
 
     def make(
-        N: int = 9, length: int = 13, kinds: Mapping[int, type[Client]] | None = None, met: bool = True, **changes: Any
-    ) -> Session:
+        N: int = 9, length: int = 13, kinds: Mapping[int, type[Client]] | None = None, met: bool = True,
+        server_kind: type[Server] = Server, **changes: Any,
+    ) -> Session:  # fmt: skip
         identities = [Identity(sha256(f"identity {i}".encode()).digest()) for i in range(N + 1)]
         settings: dict[str, Any] = {
             "session": sha256(b"session").digest(), "identities": tuple(one.public for one in identities[:N]),
             "server": identities[N].public, "length": length, "field": BABYBEAR,
-            "fixed_point": FixedPoint(clip=1.0, fraction_bits=16), "blocks": 3, "privacy": 2, "errors": 1, "dropouts": 2,
+            "fixed_point": FixedPoint(clip=1.0, fraction_bits=16),
+            "blocks": 3, "privacy": 2, "errors": 1, "dropouts": 2,
         }  # fmt: skip
         parameters = Parameters(**(settings | changes))
         key = sha256(b"group").digest() if parameters.proof == "V1" else None
@@ -94,7 +113,7 @@ def session() -> Callable[..., Session]:
             )
             for i in range(N)
         }
-        server = Server(parameters, identities[N], randomness=randomness("server"))
+        server = server_kind(parameters, identities[N], randomness=randomness("server"))
         numbers = random.Random(N * 1000 + length)
         vectors = {i: torch.tensor([numbers.uniform(-1, 1) for _ in range(length)]) for i in range(N)}
         made = Session(parameters, identities, server, clients, vectors)

@@ -1,4 +1,4 @@
-"""Whole rounds: the sum is that of the integers, whoever falls silent; who lies is named; too many liars end the round."""
+"""Whole rounds: the sum is that of the integers, whoever falls silent; who lies is named; too many liars end it."""
 
 import pytest
 import torch
