@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from anabranch.aggregate import command as aggregate
+from anabranch.aggregate.secure import command as secagg
 from anabranch.bench import command as bench
 from anabranch.convert import command as convert
 from anabranch.federated import demo_command as demo
@@ -34,6 +35,7 @@ COMMANDS = (
     ("train-lm", "train a small byte-level DiffQKV model on text files", train_lm),
     ("convert", "merge the K heads of a checkpoint, measure what it costs and heal it", convert),
     ("aggregate", "one safetensors file from many clients' by a robust rule", aggregate),
+    ("secagg", "try out secure, verifiable sums of vectors", secagg),
     ("bench", "measure kernels and the engine beside their peers", bench),
     ("demo", "show in some seconds what robust aggregation is good for", demo),
 )

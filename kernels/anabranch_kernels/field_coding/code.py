@@ -150,6 +150,15 @@ def correct(code: Code, word: Mapping[int, int], *, most_errors: int) -> tuple[l
     return [sum(map(mul, row, (word[j] for j in right))) % p for row in decoding_matrix(code, right)], wrong
 
 
+def checking_matrix(code: Code, clients: Sequence[int]) -> Matrix:
+    """[n - K - T][n]: its product with the values of these n clients is zero if they lie on one polynomial of the code.
+
+    Raises ValueError if these are not different clients.
+    """
+    _check_clients(code, clients)
+    return _checks(code, tuple(clients))
+
+
 @lru_cache(maxsize=16)
 def _checks(code: Code, clients: tuple[int, ...]) -> Matrix:
     """[n - K - T][n]: rows that are orthogonal to the words of the code at these clients, and only to them."""

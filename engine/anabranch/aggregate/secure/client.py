@@ -23,12 +23,12 @@ from anabranch.aggregate.secure.keys import Identity, KeyStream, Randomness, Ses
 from anabranch.aggregate.secure.outcome import Outcome, View, check_view
 from anabranch.aggregate.secure.parameters import VERSION, Parameters
 from anabranch.aggregate.secure.proof import digest_of, mac, mac_key, mac_mask, project, project_square, square
-from anabranch.aggregate.secure.wire import Frame, Header, Part, name, receive, to_bytes, to_elements, write
+from anabranch.aggregate.secure.wire import Draft, Frame, Header, Part, name, receive, to_bytes, to_elements, write
 from anabranch_kernels.field_coding.op import encode, multiply, quantise
 
 
 @dataclass(kw_only=True)
-class _Round:
+class Round:
     """What a client remembers of the round it is in."""
 
     number: int
@@ -68,7 +68,7 @@ class Client:
         self._key = SessionKey(randomness)
         self._peers: dict[int, tuple[AESGCM, AESGCM]] | None = None  # for sending, for receiving
         self._last = 0
-        self._round: _Round | None = None
+        self._round: Round | None = None
         side = square(parameters.share_length + parameters.copies)
         self._rows = torch.zeros(parameters.clients, side * side, dtype=parameters.field.dtype)  # shares, then zeros
 
@@ -76,7 +76,7 @@ class Client:
         """The first message to the server."""
         return self._write(m.Hello(self._key.public), (), 0).encode()
 
-    def share(self, number: int, vector: Tensor, *, weights: tuple[int, ...] | None = None) -> bytes:
+    def share(self, number: int, vector: Tensor, *, weights: tuple[int, ...] | None = None) -> Part:
         """Begin round `number`, higher than any before, with a vector [l] of finite floats; returns Shares.
 
         weights   of all clients in this round, at most those of the parameters; 0 keeps a client out. All clients must
@@ -99,12 +99,13 @@ class Client:
         blocks = blocks.view(p.blocks, p.share_length)
         self._last, self.outcome = number, None  # from here on this round's nonces are used
         shares, masked = self._code(blocks)
-        frame = self._seal(number, shares, masked, blocks)
-        self._rows.zero_()
+        frame, message = self._seal(number, shares, masked, blocks)
+        if self._round is not None:  # which was given up
+            self._rows.zero_()
         self._rows[self.index, : shares.shape[1]] = shares[self.index]
-        self._round = _Round(number=number, weights=weights or p.all_weights, clipped=clipped, masked=masked)
-        self._round.held[self.index] = _without_parts(frame)
-        return frame.encode()
+        self._round = Round(number=number, weights=weights or p.all_weights, clipped=clipped, masked=masked)
+        self._round.held[self.index] = frame
+        return message
 
     def receive(self, data: Part) -> bytes | None:
         """Take a message of the server; returns the answer to it, if it has one."""
@@ -168,23 +169,22 @@ class Client:
         values.zero_()  # noise and shares together would tell the vector
         return shares, masked
 
-    def _seal(self, number: int, shares: Tensor, masked: Tensor | None, blocks: Tensor) -> Frame:
+    def _seal(self, number: int, shares: Tensor, masked: Tensor | None, blocks: Tensor) -> tuple[Frame, bytearray]:
+        """Shares, and its bytes, in which the shares are sealed where they will lie."""
         p = self._parameters
         assert self._peers is not None
         recipients = sorted(self._peers)
-        size = m.sealed_share_bytes(p)
-        sealed = memoryview(bytearray(size * len(recipients)))
-        parts = [sealed[k * size : (k + 1) * size] for k in range(len(recipients))]
-        for j, part in zip(recipients, parts, strict=True):
+        draft = Draft(m.Shares(tuple(recipients)), parameters=p, number=number, sender=self.index)
+        for j, part in zip(recipients, draft.parts, strict=False):
             seal(self._peers[j][0], to_bytes(shares[j]), part, number, self._context(number, self.index, j))
         if masked is not None:
-            parts.append(to_bytes(masked))
+            draft.parts[len(recipients)][:] = to_bytes(masked)
         if self._group_key is not None:
             mask = mac_mask(self._group_key, number, self.index, p)
-            parts.append(to_bytes(mac(mac_key(self._group_key, number, p), blocks, mask, p)))
-        return self._write(m.Shares(tuple(recipients)), parts, number)
+            draft.parts[-1][:] = to_bytes(mac(mac_key(self._group_key, number, p), blocks, mask, p))
+        return draft.sign(self._identity)
 
-    def _check(self, now: _Round, delivery: m.Delivery, frame: Frame) -> bytes:
+    def _check(self, now: Round, delivery: m.Delivery, frame: Frame) -> bytes:
         p = self._parameters
         L, C = p.share_length, p.copies
         held, refused = dict(now.held), []
@@ -205,7 +205,7 @@ class Client:
         return self._write(m.Check(tuple(owners), tuple(refused)), (to_bytes(words),), now.number).encode()
 
     def _open(
-        self, now: _Round, owner: int, signed: bytes, signature: bytes, frame: Frame, k: int
+        self, now: Round, owner: int, signed: bytes, signature: bytes, frame: Frame, k: int
     ) -> tuple[Frame | None, str]:
         """Decrypt an owner's share into its row; the frame of its Shares, or None and the reason."""
         p = self._parameters
@@ -234,7 +234,7 @@ class Client:
             return None, "the share has elements that are not canonical"
         return Frame(header=header, signature=signature, parts=(), signed=signed), ""
 
-    def _agree(self, now: _Round, proposal: m.Proposal) -> bytes:
+    def _agree(self, now: Round, proposal: m.Proposal) -> bytes:
         p = self._parameters
         view = View(
             number=now.number,
@@ -253,7 +253,7 @@ class Client:
         now.view, now.expects = view, m.Quorum
         return self._write(m.Agreement(view.digest), (), now.number).encode()
 
-    def _sum(self, now: _Round, quorum: m.Quorum) -> bytes | None:
+    def _sum(self, now: Round, quorum: m.Quorum) -> bytes | None:
         p = self._parameters
         assert now.view is not None
         if len(quorum.signers) < p.quorum:
@@ -270,7 +270,7 @@ class Client:
         self._rows.zero_()
         return self._write(m.Sum(now.view.digest), (to_bytes(now.sum),), now.number).encode()
 
-    def _project(self, now: _Round, result: m.Result, frame: Frame) -> bytes | None:
+    def _project(self, now: Round, result: m.Result, frame: Frame) -> bytes | None:
         p = self._parameters
         assert now.view is not None
         own = None if now.sum is None else to_bytes(now.sum)
@@ -291,13 +291,13 @@ class Client:
             parts.append(to_bytes(project(now.masked, claim.seed, p)))
         return self._write(m.Projection(frame.digest, len(parts) - 1), parts, now.number).encode()
 
-    def _accept(self, now: _Round, proof: m.Proof, frame: Frame) -> None:
+    def _accept(self, now: Round, proof: m.Proof, frame: Frame) -> None:
         assert now.view is not None
         assert now.claim is not None
         verify.check_projections(now.claim, now.view, proof, frame.parts, now.held, self._parameters)
         self._finish(now, now.claim)
 
-    def _finish(self, now: _Round, claim: verify.Claim) -> None:
+    def _finish(self, now: Round, claim: verify.Claim) -> None:
         p = self._parameters
         assert now.view is not None
         self.outcome = Outcome(
@@ -323,7 +323,3 @@ class Client:
         """Additional data of a sealed share; the chunk and the number of chunks follow it."""
         p = self._parameters
         return bytes([VERSION]) + p.digest + b"".join(x.to_bytes(4, "big") for x in (number, owner, recipient))
-
-
-def _without_parts(frame: Frame) -> Frame:
-    return Frame(header=frame.header, signature=frame.signature, parts=(), signed=frame.signed)

@@ -1,20 +1,34 @@
 """A round with all parties in one process: for tests, measurements and trying out."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from anabranch.aggregate.secure.client import Client
 from anabranch.aggregate.secure.server import Server
+from anabranch.aggregate.secure.wire import Part
 
-Wire = Callable[
-    [int, bool, bytes], bytes | None
-]  # client, whether to the server, message: what arrives, None for nothing
+Done = TypeVar("Done")
+# client, whether to the server, message: what arrives, None for nothing
+Wire = Callable[[int, bool, Part], Part | None]
 
 
-def whole(client: int, to_server: bool, message: bytes) -> bytes | None:
+class Watch(Protocol):
+    """Sees all work of a round: of a "client", of the server to "receive" a message or to "advance"."""
+
+    def __call__(self, what: str, work: Callable[[], Done]) -> Done: ...
+
+
+def whole(client: int, to_server: bool, message: Part) -> Part | None:
     """A wire that changes nothing."""
     return message
+
+
+def unwatched(what: str, work: Callable[[], Done]) -> Done:
+    """Just does the work."""
+    return work()
 
 
 def meet(server: Server, clients: Mapping[int, Client]) -> None:
@@ -26,19 +40,25 @@ def meet(server: Server, clients: Mapping[int, Client]) -> None:
 
 
 def run_round(
-    server: Server, clients: Mapping[int, Client], number: int, vectors: Mapping[int, Tensor], wire: Wire = whole
+    server: Server,
+    clients: Mapping[int, Client],
+    number: int,
+    vectors: Mapping[int, Tensor],
+    wire: Wire = whole,
+    watch: Watch = unwatched,
 ) -> None:
     """All steps of one round; each party's `outcome` tells what came of it."""
     server.begin(number)
-    answers = {i: client.share(number, vectors[i]) for i, client in clients.items()}
+    answers: dict[int, Part] = {
+        i: watch("client", partial(client.share, number, vectors[i])) for i, client in clients.items()
+    }
     while server.outcome is None:
-        for i, answer in answers.items():
-            if (arrived := wire(i, True, answer)) is not None:
-                server.receive(arrived)
-        outgoing = server.advance()
-        answers = {}  # of the next step
-        for i, message in outgoing.items():
-            if (arrived := wire(i, False, message)) is not None:
-                reply = clients[i].receive(arrived)
+        for i in list(answers):
+            if (arrived := wire(i, True, answers.pop(i))) is not None:
+                watch("receive", partial(server.receive, arrived))
+        outgoing = watch("advance", server.advance)
+        for i in list(outgoing):
+            if (arrived := wire(i, False, outgoing.pop(i))) is not None:
+                reply = watch("client", partial(clients[i].receive, arrived))
                 if reply is not None:
                     answers[i] = reply

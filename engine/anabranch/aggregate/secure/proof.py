@@ -14,8 +14,8 @@ from torch import Tensor
 
 from anabranch.aggregate.secure.keys import KeyStream, derive
 from anabranch.aggregate.secure.parameters import Parameters
-from anabranch_kernels.field_coding.code import Code, completing_matrix, correct
-from anabranch_kernels.field_coding.op import Field, matrix_of, multiply
+from anabranch_kernels.field_coding.code import Code, checking_matrix, correct
+from anabranch_kernels.field_coding.op import Field, decode, matrix_of, multiply
 
 Letters = Tensor  # [n, C]: C words of the same n clients
 
@@ -50,18 +50,18 @@ def project_square(row: Tensor, seed: bytes, parameters: Parameters) -> Tensor:
 
 def consistent(code: Code, clients: Sequence[int], letters: Letters) -> Tensor | None:
     """The K values [K, C] that words stand for, or None if the letters [n, C] of these n clients do not agree."""
+    if not bool(agreeing(code, clients, letters).all()):
+        return None
     U = code.threshold
-    determined = multiply(
-        matrix_of(completing_matrix(code, clients), code.field, letters.device), letters[:U], code.field
-    )
-    return determined[: code.blocks] if torch.equal(determined[code.blocks :], letters[U:]) else None
+    return decode(letters[:U].contiguous(), clients[:U], code)
 
 
 def agreeing(code: Code, clients: Sequence[int], letters: Letters) -> Tensor:
-    """Which of the C words agree: [C] bool."""
-    U = code.threshold
-    matrix = matrix_of(completing_matrix(code, clients), code.field, letters.device)
-    return (multiply(matrix[code.blocks :], letters[:U], code.field) == letters[U:]).all(0)
+    """Which of the C words agree: [C] bool. K + T letters always do."""
+    if len(clients) == code.threshold:
+        return torch.ones(letters.shape[1], dtype=torch.bool)
+    checks = matrix_of(checking_matrix(code, clients), code.field, letters.device)
+    return (multiply(checks, letters, code.field) == 0).all(0)
 
 
 def locate(code: Code, clients: Sequence[int], letters: Letters, errors: int) -> tuple[int, ...] | None:

@@ -209,7 +209,7 @@ class Server:
             wrong,
         )
         frame = self._write(result, parts, None)
-        now.claim = verify.claim_of(result, frame, now.view, p, None, None)
+        now.claim = verify.Claim(blocks=blocks, tag=None, result=result, digest=frame.digest)
         if p.proof == "V2":
             return self._broadcast(frame, sums), m.Projection
         self._finish(now.view, now.claim)
@@ -282,8 +282,8 @@ class Server:
         return to_elements(projection.parts[0], p.field)
 
     def _conclude(self, view: View, claim: verify.Claim, proof: m.Proof, frame: Frame) -> None:
-        """Check as the clients will."""
-        verify.check_projections(claim, view, proof, frame.parts, self._round.shares, self._parameters)
+        """Check as the clients will, whose signatures have been checked on arrival."""
+        verify.check_fit(claim, view, proof, frame.parts, self._round.shares, self._parameters)
         self._finish(view, claim)
 
     def _finish(self, view: View, claim: verify.Claim) -> None:

@@ -35,7 +35,11 @@ class Claim:
     tag: Tensor | None  # [copies], for V1
     result: m.Result
     digest: bytes  # of the message
-    seed: bytes  # of rho
+
+    @property
+    def seed(self) -> bytes:
+        """Of rho."""
+        return digest_of("sum", self.digest)
 
 
 def said(
@@ -53,9 +57,7 @@ def said_with(
     return is_signed(header.encode(parameters), signature, parameters.identities[client])
 
 
-def claim_of(
-    result: m.Result, frame: Frame, view: View, parameters: Parameters, index: int | None, own: Part | None
-) -> Claim:
+def claim_of(result: m.Result, frame: Frame, view: View, parameters: Parameters, index: int, own: Part | None) -> Claim:
     """The sum in a Result, if it could be right; `own` is what client `index` sent as its Sum."""
     if result.view != view.digest:
         raise ProtocolError("server", "its result is of another set of vectors")
@@ -71,8 +73,7 @@ def claim_of(
     if blocks is None or (parameters.proof == "V1" and tag is None):
         raise ProtocolError("server", "its result has elements that are not canonical")
     blocks = blocks.view(parameters.blocks, parameters.share_length)
-    seed = digest_of("sum", frame.digest)
-    return Claim(blocks=blocks, tag=tag, result=result, digest=frame.digest, seed=seed)
+    return Claim(blocks=blocks, tag=tag, result=result, digest=frame.digest)
 
 
 def check_wrong(members: tuple[int, ...], wrong: tuple[int, ...], parameters: Parameters) -> None:
@@ -105,9 +106,13 @@ def check_tags(claim: Claim, view: View, parameters: Parameters, group_key: byte
 def check_projections(
     claim: Claim, view: View, proof: m.Proof, parts: tuple[Part, ...], held: Mapping[int, Frame], parameters: Parameters
 ) -> None:
-    """V2: the clients' projections fit together, and fit the sum."""
-    p = parameters
-    K, C = p.blocks, p.copies
+    """V2: the clients' projections are theirs, fit together, and fit the sum."""
+    _check_speakers(claim, view, proof, parts, parameters)
+    check_fit(claim, view, proof, parts, held, parameters)
+
+
+def _check_speakers(claim: Claim, view: View, proof: m.Proof, parts: tuple[Part, ...], parameters: Parameters) -> None:
+    p, K = parameters, parameters.blocks
     if set(proof.members) & set(view.suspects):
         raise ProtocolError("server", "its proof uses projections of suspects")
     check_wrong(proof.members, proof.wrong, p)
@@ -120,6 +125,15 @@ def check_projections(
             own = (*own, masked[k * K * size : (k + 1) * K * size])
         if not said(m.Projection(claim.digest, len(own) - 1), own, signature, client, view.number, p):
             raise ProtocolError("server", f"{name(client, p)} did not sign the projection shown")
+
+
+def check_fit(
+    claim: Claim, view: View, proof: m.Proof, parts: tuple[Part, ...], held: Mapping[int, Frame], parameters: Parameters
+) -> None:
+    """V2 without the signatures, for who has checked them before."""
+    p = parameters
+    K, C = p.blocks, p.copies
+    words, masked = memoryview(parts[0]), memoryview(parts[1])
     letters, of_masked = to_elements(words, p.field), to_elements(masked, p.field)
     if letters is None or of_masked is None:
         raise ProtocolError("server", "its proof has elements that are not canonical")

@@ -8,7 +8,7 @@ decodes encodes to the same bytes. Parts are views into the bytes received; vect
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 import numpy as np
@@ -87,6 +87,35 @@ class Frame:
     def digest(self) -> bytes:
         """Stands for the whole message, parts included."""
         return sha256(self.signed).digest()
+
+
+class Draft:
+    """A client's message to the server whose parts are filled where they will lie: long parts are not copied."""
+
+    def __init__(self, message: Message, *, parameters: Parameters, number: int, sender: int) -> None:
+        lengths = message.lengths(parameters)
+        blank = (bytes(32),) * len(lengths)
+        self._parameters = parameters
+        self._header = Header(
+            number=number, sender=sender, recipient=parameters.clients, message=message, digests=blank
+        )
+        start = 4 + len(self._header.encode(parameters)) + SIGNATURE  # digests do not change the header's length
+        self._data = bytearray(start + sum(lengths))
+        view = memoryview(self._data)
+        self.parts: list[memoryview] = []
+        for length in lengths:
+            self.parts.append(view[start : start + length])
+            start += length
+
+    def sign(self, identity: Identity) -> tuple[Frame, bytearray]:
+        """The message without its parts, and all its bytes."""
+        digests = tuple(sha256(part).digest() for part in self.parts)
+        header = replace(self._header, digests=digests)
+        signed = header.encode(self._parameters)
+        frame = Frame(header=header, signature=identity.sign(signed), parts=(), signed=signed)
+        front = frame.encode()
+        self._data[: len(front)] = front
+        return frame, self._data
 
 
 def write(
