@@ -26,7 +26,15 @@ def run(arguments, *, cwd, **environment):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/floors.md", "docs/writing-a-method.md", "docs/embedding.md", "docs/aggregating.md"]
+    "page",
+    [
+        "README.md",
+        "docs/floors.md",
+        "docs/writing-a-method.md",
+        "docs/embedding.md",
+        "docs/aggregating.md",
+        "docs/secure-aggregation.md",
+    ],
 )
 def test_python_examples_run(page, tmp_path):
     examples = blocks(page, "python")

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_engine(_add_kind(kinds, "engine", "a 315M-parameter Llama beside transformers and llama.cpp"))
     fields = _add_kind(kinds, "field-coding", "secret sharing over finite fields beside NumPy and galois", plot=False)
     fields.epilog = "examples:\n  anabranch bench field-coding --threads 1 --repeats 7 --markdown field_coding.md\n"
+    _add_secagg(_add_kind(kinds, "secagg", "secure sums beside Flower's SecAgg primitives", plot=False))
     _add_serve(_add_kind(kinds, "serve", "the HTTP server under load beside the engine without it", plot=False))
 
 
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     args.repeats = 3 if args.quick else args.repeats
     kinds: dict[str, Callable[[argparse.Namespace], Table]] = {
         "serve": _serve, "aggregate": _aggregate, "field-coding": _field_coding, "geometric-median": _median,
+        "secagg": _secagg,
     }  # fmt: skip
     report = kinds.get(args.kind, _measure)(args)
     print(reports.to_text(report))
@@ -171,6 +173,15 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "--url", action="append", default=[], metavar="NAME=URL",
         help="another server with OpenAI's API, which must take prompts of token ids below 8192; may be repeated",
     )  # fmt: skip
+
+
+def _add_secagg(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  anabranch bench secagg --repeats 3 --threads 1 --markdown secagg.md
+"""
+    parser.add_argument("--clients", type=int, default=32, help="N (%(default)s)")
+    parser.add_argument("--length", type=int, default=1_000_000, help="numbers in a vector (%(default)s)")
+    parser.add_argument("--drop", type=int, default=8, help="clients silent in the end (%(default)s)")
 
 
 def _measure(args: argparse.Namespace) -> "Report":
@@ -374,6 +385,22 @@ def _field_coding(args: argparse.Namespace) -> "FieldReport":
         samples = [sample for case in cases for sample in field_coding.measure(case, repeats=args.repeats)]
         return field_coding.FieldReport(
             title="Coding over finite fields", machine=machine.describe(), samples=tuple(samples), absent=tuple(absent)
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def _secagg(args: argparse.Namespace) -> "Table":
+    import torch
+
+    from anabranch.bench import machine, secagg
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(args.threads or before)
+        clients, length, drop = (8, 100, 1) if args.quick else (args.clients, args.length, args.drop)
+        return secagg.measure(
+            clients=clients, length=length, drop=drop, repeats=args.repeats, machine=machine.describe()
         )
     finally:
         torch.set_num_threads(before)

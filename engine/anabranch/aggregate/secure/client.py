@@ -11,9 +11,9 @@ projects shares twice nor signs two sets, or its answers together would tell a l
 
 import secrets
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from torch import Tensor
 
 from anabranch.aggregate.secure import messages as m
@@ -25,6 +25,9 @@ from anabranch.aggregate.secure.parameters import VERSION, Parameters
 from anabranch.aggregate.secure.proof import digest_of, mac, mac_key, mac_mask, project, project_square, square
 from anabranch.aggregate.secure.wire import Draft, Frame, Header, Part, name, receive, to_bytes, to_elements, write
 from anabranch_kernels.field_coding.op import encode, multiply, quantise
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,7 @@
 """Keys of pairs agree and have a direction; sealed shares open only as they were meant; streams are uniform."""
 
+import subprocess
+import sys
 from hashlib import sha256
 
 import pytest
@@ -111,3 +113,10 @@ def test_derived_keys_are_known_answers():
     secret = b"\x0b" * 22
     assert derive(secret, b"").hex() == "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d"
     assert derive(secret, b"label") != derive(secret, b"")
+
+
+@pytest.mark.parametrize(("module", "work"), [("cryptography", ""), ("cbor2", "errors.cbor()")])
+def test_without_its_libraries_the_extra_is_named(module, work):
+    code = f"import sys; sys.modules[{module!r}] = None; from anabranch.aggregate.secure import client, errors; {work}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "pip install 'anabranch[secure]'" in done.stderr.splitlines()[-1]

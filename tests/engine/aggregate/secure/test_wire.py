@@ -1,5 +1,9 @@
 """Bytes from outside: they are a message that encodes to the same bytes, or they are refused and leave no trace."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import cbor2
 import pytest
 import torch
@@ -227,3 +231,12 @@ def test_elements_are_copied(session):
     data[:] = b"\1" * 8
     assert torch.equal(elements, torch.zeros(2, dtype=torch.int32))
     assert to_elements(b"", GOLDILOCKS).shape == (0,)
+
+
+@pytest.mark.slow
+def test_the_fuzzer_finds_nothing_in_a_moment():
+    pytest.importorskip("atheris", reason="atheris is not installed")
+    script = Path(__file__).with_name("fuzz_wire.py")
+    command = [sys.executable, str(script), "-runs=20000", "-seed=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
