@@ -51,10 +51,14 @@ class Settings:
 class Course(NamedTuple):
     """accuracy   on the test digits: before the first round, then after each
     updates       [N, D] of the last round, as the server got them
+    update        [D] what its rule made of them
+    coefficients  [N] by which
     """
 
     accuracy: list[float]
     updates: Tensor
+    update: Tensor
+    coefficients: Tensor
 
 
 def rules_compared(hostile: int) -> dict[str, AggregateMethod]:
@@ -71,8 +75,7 @@ def run(settings: Settings) -> dict[str, Course]:
     generator = torch.Generator().manual_seed(settings.seed)
     digits = load_digits(settings.clients, skew=settings.skew, generator=generator)
     model = first_model(settings.hidden, generator)
-    honest = settings.clients - settings.hostile
-    courses = {NOBODY_HOSTILE: _learn(model, digits, 0, AggregateMethod(rule="mean"), settings)} if honest else {}
+    courses = {NOBODY_HOSTILE: _learn(model, digits, 0, AggregateMethod(rule="mean"), settings)}
     for name, rule in rules_compared(settings.hostile).items():
         courses[name] = _learn(model, digits, settings.hostile, rule, settings)
     return courses
@@ -85,12 +88,13 @@ def kinds_of_hostile(hostile: int) -> Mapping[str, int]:
 
 def _learn(model: Tensor, digits: Digits, hostile: int, rule: AggregateMethod, settings: Settings) -> Course:
     course = [accuracy(model, digits.test_x, digits.test_y, settings.hidden)]
-    updates = model[None]
     for round in range(settings.rounds):
         updates = _updates(model, digits, hostile, settings)
-        model = model + aggregate_updates(updates, rule, round=round).update
+        outcome = aggregate_updates(updates, rule, round=round)
+        model = model + outcome.update
         course.append(accuracy(model, digits.test_x, digits.test_y, settings.hidden))
-    return Course(course, updates)
+    assert outcome.coefficients is not None  # rules of distances only are compared
+    return Course(course, updates, outcome.update, outcome.coefficients)
 
 
 def _updates(model: Tensor, digits: Digits, hostile: int, settings: Settings) -> Tensor:

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from anabranch.federated.demo import Course, Settings
+    from anabranch.federated.private import Private
 
 EXAMPLES = """examples:
   anabranch demo robust                                  20 clients, 6 of them hostile; some seconds
@@ -34,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     for name, text in HELP.items():
         robust.add_argument(f"--{name}", type=int, help=text)
+    robust.add_argument(
+        "--private", action=argparse.BooleanOptionalAction, default=True,
+        help="compute the last aggregate once more as a secure sum (needs the extra `secure`)",
+    )  # fmt: skip
     robust.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     robust.add_argument("--plot", type=Path, metavar="FILE", help="draw the accuracies as a PNG (needs matplotlib)")
 
@@ -44,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
     given = {name: getattr(args, name) for name in HELP if getattr(args, name) is not None}
     settings = demo.Settings(**given)
+    if args.private:
+        from anabranch.federated import private  # says so now if its libraries are missing
     if args.plot:
         _figure()  # says so now if matplotlib is missing
     for path in (args.json, args.plot):
@@ -51,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"no folder {path.absolute().parent} to write {path.name} into")
     courses = demo.run(settings)
     print(to_text(settings, demo.kinds_of_hostile(settings.hostile), courses))
+    if args.private:
+        course = courses["geometric median"]
+        print(private_text(private.aggregate_privately(course.updates, course.coefficients), course.update))
     if args.json:
         _write_json(args.json, settings, courses)
     if args.plot:
@@ -69,6 +81,17 @@ def to_text(settings: "Settings", kinds: Mapping[str, int], courses: Mapping[str
     lines.append("")
     lines += [f"{name}: {course.accuracy[-1]:.1%}" for name, course in courses.items()]
     return "\n".join(lines)
+
+
+def private_text(private: "Private", update: "Tensor") -> str:
+    """What the secure sum of the last round came to, beside the geometric median that the server found itself."""
+    exact = "bit for bit" if private.is_exact else "NOT"
+    off = float((private.update - update).norm() / update.norm())
+    return (
+        f"\nthe last geometric median once more, privately: {len(private.update)} numbers of {len(private.accepted)} "
+        f"clients, proof {private.proof}\nthe sum is {exact} that of the quantised updates; "
+        f"weights in whole numbers put it {off:.1%} of its length beside the median"
+    )
 
 
 def _write_json(path: Path, settings: "Settings", courses: Mapping[str, "Course"]) -> None:

@@ -18,8 +18,15 @@ def test_the_table_and_the_files(tmp_path, capsys):
         assert lines[3 + i].split() == ["round", str(i), *cells]
     for name, course in report["accuracy"].items():
         assert f"{name}: {course[-1]:.1%}" in lines
+    assert "2410 numbers of 20 clients, proof V2" in out
+    assert "the sum is bit for bit that of the quantised updates" in out
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["robust.json", "robust.png"]
+
+
+def test_without_the_secure_sum(capsys):
+    assert main(["demo", "robust", "--rounds", "1", "--no-private"]) == 0
+    assert "privately" not in capsys.readouterr().out
 
 
 def test_errors_come_first(tmp_path, capsys):
