@@ -24,7 +24,8 @@ endef
 export MODEL PROMPT
 
 help:
-	@echo "make demo        generate text (MODEL=folder PROMPT=text to choose; the model in the package otherwise)"
+	@echo "make demo        generate text (MODEL=folder PROMPT=text to choose; the model in the package otherwise), then"
+	@echo "                 aggregate what twenty clients learn, six of them hostile: robustly, and privately"
 	@echo "make test        all tests that need no GPU"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       every CPU benchmark; writes benchmarks/results/"
@@ -48,6 +49,8 @@ $(READY): $(SOURCES)
 
 demo: $(READY)
 	@$(BIN)/anabranch generate "$$MODEL" --prompt "$$PROMPT" --temperature 0.6
+	@echo; echo
+	@$(BIN)/anabranch demo robust
 
 test: $(READY)
 	$(BIN)/pytest -n $(JOBS) --dist worksteal tests
@@ -78,6 +81,11 @@ bench: $(READY)
 	$(BIN)/anabranch bench attention --json $(RESULTS)/attention.json --markdown $(RESULTS)/attention.md --plot $(RESULTS)/attention.png
 	$(BIN)/anabranch bench linear --json $(RESULTS)/linear.json --markdown $(RESULTS)/linear.md
 	$(BIN)/anabranch bench engine --json $(RESULTS)/engine.json --markdown $(RESULTS)/engine.md
+	$(BIN)/anabranch bench geometric-median --json $(RESULTS)/geometric_median.json --markdown $(RESULTS)/geometric_median.md
+	$(BIN)/anabranch bench coordinate-rules --json $(RESULTS)/coordinate_rules.json --markdown $(RESULTS)/coordinate_rules.md --plot $(RESULTS)/coordinate_rules.png
+	$(BIN)/anabranch bench aggregate --repeats 5 --json $(RESULTS)/aggregate.json --markdown $(RESULTS)/aggregate.md
+	$(BIN)/anabranch bench field-coding --threads 1 --repeats 7 --json $(RESULTS)/field_coding.json --markdown $(RESULTS)/field_coding.md
+	$(BIN)/anabranch bench secagg --json $(RESULTS)/secagg.json --markdown $(RESULTS)/secagg.md
 	$(BIN)/anabranch bench serve --repeats 3 --json $(RESULTS)/serve.json --markdown $(RESULTS)/serve.md
 
 clean:

@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; `args.run` is the chosen one's entry."""
     parser = argparse.ArgumentParser(
         prog="anabranch",
-        description="Inference with fewer key heads than value heads, on CPU and GPU.",
+        description="Inference with fewer key heads than value heads; robust and private aggregation; on CPU and GPU.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
