@@ -1,13 +1,14 @@
 """Clients' updates in safetensors files, read tile by tile while the tile before is computed with.
 
-Files are read, not mapped: three tiles are all that stays in this process, whatever the files' size, and a mapped page
-costs more than a copied one. One thread reads; the system's own read-ahead keeps the disk busy.
+Files are read, not mapped: four tiles are all that stays in this process, whatever the files' size, and a mapped page
+costs more than a copied one. Two threads read, by turns: one alone copies slower than two cores can add up.
 """
 
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,8 @@ from anabranch.common.checkpoint import weight_files
 from anabranch.common.tensor_file import DTYPES, read_header
 from anabranch_kernels.memory import prefer_huge_pages
 
-AHEAD = 2  # tiles being read or waiting: with one, the reader would wait to be told to go on
+READERS = 2  # threads
+AHEAD = READERS + 1  # tiles being read or waiting: with one for each, readers would wait to be told to go on
 LINE = 64  # bytes of a cache line
 
 
@@ -35,7 +37,7 @@ class SafetensorsFiles:
     metadata  what all clients' metadata agree on
     paths     of all files
     Raises FileNotFoundError, and ValueError for files that cannot be read, that differ in names, shapes or dtypes, or
-    hold a dtype that is neither a float of 16 to 64 bits, an integer nor a boolean. A sweep holds one file per client
+    hold a dtype that is neither a float of 16 to 64 bits, an integer nor a boolean. A sweep holds two files per client
     open at a time.
     """
 
@@ -86,12 +88,13 @@ class SafetensorsFiles:
         most = self._largest_tile()
         buffers = [prefer_huge_pages(torch.empty(most, dtype=torch.uint8)) for _ in range(AHEAD + 1)]
         also = [len(self.clients)] if base and self.has_base else []
-        files = _Files()
+        opened = [_Files() for _ in range(READERS)]
 
         def read(number: int) -> Tile:
             index, begin, end = plan[number]
             name, dtype, _ = self.entries[index]
             n, clients = len(chosen[index] or ()), [*(chosen[index] or ()), *also]
+            files = opened[number % READERS]
             files.turn_to(name, {client: self._places[client][name] for client in clients})
             buffer, pitch = buffers[number % (AHEAD + 1)], _pitch(end - begin, dtype)
             files.read(begin * dtype.itemsize, (end - begin) * dtype.itemsize, buffer.numpy().data, pitch)
@@ -99,12 +102,21 @@ class SafetensorsFiles:
             rows = rows[:, : end - begin]
             return Tile(index, begin, rows[:n], rows[n] if also else None)
 
-        with files, ThreadPoolExecutor(1, "read-ahead") as reader:
-            ahead = deque(reader.submit(read, number) for number in range(min(AHEAD, len(plan))))
+        with ExitStack() as stack:
+            for files in opened:
+                stack.enter_context(files)
+            readers = [stack.enter_context(ThreadPoolExecutor(1, "read-ahead")) for _ in opened]
+
+            def ask(number: int) -> None:
+                if number < len(plan):
+                    ahead.append(readers[number % READERS].submit(read, number))
+
+            ahead: deque[Future[Tile]] = deque()
+            for number in range(AHEAD):
+                ask(number)
             for number in range(len(plan)):
                 tile = ahead.popleft().result()
-                if number + AHEAD < len(plan):  # into the buffer of the tile before, which is done with
-                    ahead.append(reader.submit(read, number + AHEAD))
+                ask(number + AHEAD)  # into the buffer of the tile before, which is done with
                 yield tile
 
     def total(self, partial: Tensor) -> Tensor:
@@ -122,7 +134,7 @@ def _pitch(columns: int, dtype: torch.dtype) -> int:
 
 
 class _Files:
-    """The file that is open for each client: one at a time, since a checkpoint may have many shards."""
+    """The file that a reader has open for each client: one at a time, since a checkpoint may have many shards."""
 
     def __init__(self) -> None:
         self._opened: dict[int, tuple[Path, int]] = {}
