@@ -4,10 +4,12 @@
 //          of each are a tile; high and middle are transposed as well, for products have rows on one side and columns
 //          on the other. What is cut stays in the first cache (up to 32 rows; in the second one for more) and meets in
 //          tiles while the next columns are cut: the two use different parts of the CPU.
-// Numerics <x, y> = hx hy + mx my + (mx + lx) hy + hx (my + ly): what is left out is less than 2^-23 of the product. The
-//          last two are one product seen from either side, so six tiles do for two blocks of rows. Sums are float32
-//          over 512 columns, then float64. A row whose squares would leave float32's range is scaled, as elsewhere.
-// Bound    cutting: eighteen vector instructions for 32 elements and twenty to transpose them, whatever N.
+// Numerics <x, y> = hx hy + mx my + (mx + lx) hy + hx (my + ly), and at most 2^-25 of the product, of either sign, that is
+//          left out. The last two terms are one seen from either side, so six tiles do for two blocks of rows. Sums are
+//          float32 over 512 columns, then float64. Squares of bfloat16 end in few patterns of bits, so float32 sums of
+//          them are rounded down a little more often than up: entries on the diagonal are 2^-26 too small. A row whose
+//          squares would leave float32's range is scaled by a power of two.
+// Bound    cutting: twenty vector instructions for 32 elements and twenty to transpose them, whatever N.
 #pragma once
 
 #include <algorithm>

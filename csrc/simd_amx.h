@@ -57,8 +57,9 @@ struct Amx : Avx512Pairs<true> {
   static F finite_or_zero(F x) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(mul(x, zero()), zero(), _CMP_EQ_OQ), x);
   }
-  // Cuts 32 numbers into pairs (a_i, b_i) of bfloat16 that add up to them: the first part is rounded, the second cut
-  // off, the third what remains.
+  // Cuts 32 numbers into pairs (a_i, b_i) of bfloat16 that add up to them: the first two parts are rounded, the third
+  // is what remains. Were the second cut off, it would have the third's sign and products of the two would not average
+  // out.
   static void cut(F a, F b, F (&part)[3]) {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u)), half = _mm512_set1_epi32(0x8000);
     const auto pair = [&](__m512i x, __m512i y) __attribute__((always_inline)) {
@@ -70,7 +71,7 @@ struct Amx : Avx512Pairs<true> {
     __m512i x = _mm512_add_epi32(_mm512_castps_si512(a), half), y = _mm512_add_epi32(_mm512_castps_si512(b), half);
     part[0] = pair(x, y);
     a = rest(a, x), b = rest(b, y);
-    x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
+    x = _mm512_add_epi32(_mm512_castps_si512(a), half), y = _mm512_add_epi32(_mm512_castps_si512(b), half);
     part[1] = pair(x, y);
     part[2] = pair(_mm512_castps_si512(rest(a, x)), _mm512_castps_si512(rest(b, y)));
   }
