@@ -212,7 +212,7 @@ def test_a_plot_without_matplotlib_names_the_extra_before_training(text, tmp_pat
         [sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    assert "ImportError: drawing the loss needs matplotlib: pip install 'anabranch[plot]'" in result.stderr
+    assert "ImportError: drawing needs matplotlib: pip install 'anabranch[plot]'" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
