@@ -1,0 +1,194 @@
+"""Adapters with routed ranks: properties, the loop of the papers, back-ends against the reference, edges."""
+
+import itertools
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from anabranch_kernels.rank_lora import reference
+from anabranch_kernels.rank_lora.op import GATES, Adapter, rank_lora, table_of
+
+D, O = 24, 20
+ROUTED = GATES[1:]
+NONE = torch.zeros(0, D, dtype=torch.float64)
+
+
+def weights(R: int, G: int, *, dtype=torch.float64, seed: int = 0):
+    """a, b, router, bias of R ranks and G blocks."""
+    random = torch.Generator().manual_seed(seed)
+    a, b, router = (torch.randn(n, w, generator=random, dtype=torch.float64) for n, w in ((R, D), (R, O), (G, D)))
+    return a.to(dtype), b.to(dtype), router.to(dtype), 0.05 * torch.randn(G, generator=random)
+
+
+def tokens(T: int, *, dtype=torch.float64, seed: int = 1):
+    return torch.randn(T, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def one(T: int):
+    return torch.zeros(T, dtype=torch.int32)
+
+
+def by_the_formula(x, a, b, router, bias, adapter: Adapter):
+    """Token by token and block by block, with Python's sorting."""
+    block = adapter.ranks // adapter.rows
+    out = torch.zeros(len(x), b.shape[1], dtype=torch.float64)
+    for t, row in enumerate(x):
+        logits = [float(row @ router[adapter.first_row + g]) for g in range(adapter.rows)]
+        p = logits if adapter.gate == "softmax_topk" else [1 / (1 + 2.718281828459045**-v) for v in logits]
+        z = [v + float(bias[adapter.first_row + g]) for g, v in enumerate(p)]
+        picked = sorted(sorted(range(adapter.rows), key=lambda g: (-z[g], g))[: adapter.chosen])
+        if adapter.gate == "softmax_topk":
+            e = [2.718281828459045 ** z[g] for g in picked]
+        else:
+            e = [p[g] if adapter.gate.endswith("unbiased") else max(z[g], 2.0**-20) for g in picked]
+        for g, gate in zip(picked, e, strict=True):
+            for i in range(adapter.first_rank + g * block, adapter.first_rank + (g + 1) * block):
+                out[t] += adapter.scale * gate / sum(e) * (row @ a[i]) * b[i]
+    return out
+
+
+@pytest.mark.parametrize(("gate", "rows"), itertools.product(ROUTED, [12, 4, 3]))
+def test_it_is_the_formula(gate, rows):
+    adapter = Adapter(first_rank=2, ranks=12, first_row=1, rows=rows, chosen=2, gate=gate, scale=1.5)
+    w = weights(16, rows + 2)
+    x = tokens(9)
+    routed = rank_lora(x, *w, table_of([adapter]), one(9))
+    assert_close(routed.y, by_the_formula(x, *w, adapter), rtol=1e-12, atol=1e-12)
+
+
+def test_all_ranks_at_constant_gates_are_plain_lora():
+    a, b, router, bias = weights(8, 0)
+    x = tokens(5)
+    lora = rank_lora(x, a, b, router, bias, table_of([Adapter(first_rank=0, ranks=8, scale=16 / 8)]), one(5))
+    assert_close(lora.y, 2 * (x @ a.T) @ b, rtol=1e-12, atol=1e-12)
+    # A router that knows nothing and picks everything gives each rank 1/r: LoRA with alpha / r.
+    even = Adapter(first_rank=0, ranks=8, rows=8, chosen=8, gate="sigmoid_renorm", scale=16.0)
+    same = rank_lora(x, a, b, torch.zeros(8, D, dtype=x.dtype), torch.zeros(8), table_of([even]), one(5))
+    assert_close(same.y, lora.y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gate", ROUTED)
+def test_zero_b_adds_exactly_nothing(gate):
+    a, b, router, bias = weights(8, 8)
+    adapter = Adapter(first_rank=0, ranks=8, rows=8, chosen=3, gate=gate)
+    assert not rank_lora(tokens(4), a, b * 0, router, bias, table_of([adapter]), one(4)).y.any()
+
+
+@pytest.mark.parametrize("gate", ROUTED)
+def test_the_order_of_ranks_does_not_matter(gate):
+    a, b, router, bias = weights(10, 10)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(3))
+    table = table_of([Adapter(first_rank=0, ranks=10, rows=10, chosen=4, gate=gate)])
+    x = tokens(6)
+    there = rank_lora(x, a, b, router, bias, table, one(6)).y
+    assert_close(rank_lora(x, a[order], b[order], router[order], bias[order], table, one(6)).y, there)
+
+
+@pytest.mark.parametrize("gate", ROUTED)
+def test_a_block_of_ranks_is_a_small_adapter_of_a_mixture(gate):
+    """Multi-LoRA with one gate an expert equals one adapter with a block-constant diagonal gate."""
+    E, q = 4, 3
+    a, b, router, bias = weights(E * q, E)
+    adapter = Adapter(first_rank=0, ranks=E * q, rows=E, chosen=2, gate=gate)
+    x = tokens(7)
+    routed = rank_lora(x, a, b, router, bias, table_of([adapter]), one(7))
+    picked, gates = reference.route(x @ router.T, bias.double(), 2, GATES.index(gate))
+    experts = torch.stack([(x @ a[e * q : e * q + q].T) @ b[e * q : e * q + q] for e in range(E)], 1)
+    mixture = (experts.gather(1, picked[:, :, None].expand(-1, -1, O)) * gates[:, :, None]).sum(1)
+    assert (routed.y - mixture).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("gate", ROUTED)
+def test_gates_are_a_distribution_over_what_was_picked(gate):
+    a, b, router, bias = weights(16, 16)
+    bias = bias * 20  # biases that would make sigmoid scores negative
+    adapter = Adapter(first_rank=0, ranks=16, rows=16, chosen=5, gate=gate)
+    routed = rank_lora(tokens(50), a, b, router, bias, table_of([adapter]), one(50))
+    assert (routed.gates > 0).all()
+    assert_close(routed.gates.sum(1), torch.ones(50, dtype=torch.float64))
+    assert (routed.picked.diff(dim=1) > 0).all()
+    assert routed.counts.sum() == 50 * 5
+    assert_close(routed.counts, routed.picked.flatten().bincount(minlength=16))
+
+
+def test_ties_go_to_the_lowest_index():
+    a, b, _, _ = weights(6, 6)
+    adapter = Adapter(first_rank=0, ranks=6, rows=6, chosen=2, gate="softmax_topk")
+    routed = rank_lora(tokens(3), a, b, torch.zeros(6, D, dtype=a.dtype), torch.zeros(6), table_of([adapter]), one(3))
+    assert routed.picked.tolist() == [[0, 1]] * 3
+
+
+MIXED = [
+    Adapter(first_rank=5, ranks=8, first_row=2, rows=8, chosen=3, gate="sigmoid_renorm", scale=4.0),
+    Adapter(first_rank=0, ranks=5, scale=0.5),
+    Adapter(first_rank=13, ranks=6, first_row=10, rows=3, chosen=1, gate="softmax_topk", scale=2.0),
+    Adapter(first_rank=19, ranks=0),
+    Adapter(first_rank=19, ranks=4, first_row=0, rows=2, chosen=2, gate="sigmoid_renorm_unbiased"),
+]
+
+
+def test_a_mixed_batch_is_a_loop_over_adapters_in_any_order():
+    w = weights(23, 13)
+    x = tokens(40)
+    adapter_of = torch.randint(-1, len(MIXED), (40,), generator=torch.Generator().manual_seed(5)).int()
+    table = table_of(MIXED)
+    mixed = rank_lora(x, *w, table, adapter_of)
+    for index, adapter in enumerate(MIXED):
+        mine = adapter_of == index
+        alone = rank_lora(x[mine], *w, table_of([adapter]), one(int(mine.sum())))
+        assert_close(mixed.y[mine], alone.y)
+        assert_close(mixed.picked[mine][:, : adapter.chosen], alone.picked)
+    assert not mixed.y[adapter_of < 0].any()
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(6))
+    again = rank_lora(x[order], *w, table, adapter_of[order])
+    assert torch.equal(again.y, mixed.y[order])
+    assert torch.equal(again.counts, mixed.counts)
+
+
+def test_gradients_are_those_of_the_formula():
+    w = weights(23, 13)
+    x = tokens(12)
+    adapter_of = torch.tensor([0, 1, 2, 3, 4, -1] * 2, dtype=torch.int32)
+    leaves = [t.requires_grad_() for t in (x, *w[:3])]
+    assert torch.autograd.gradcheck(lambda *t: rank_lora(*t, w[3], table_of(MIXED), adapter_of).y, leaves)
+
+
+@pytest.mark.parametrize("gate", ROUTED)
+def test_ranks_that_nobody_picked_get_no_gradient(gate):
+    a, b, router, bias = weights(32, 32)
+    adapter = Adapter(first_rank=0, ranks=32, rows=32, chosen=2, gate=gate)
+    leaves = [t.requires_grad_() for t in (a, b)]
+    routed = rank_lora(tokens(4), a, b, router, bias, table_of([adapter]), one(4))
+    routed.y.square().sum().backward()
+    idle = routed.counts == 0
+    assert idle.any()
+    assert not any(leaf.grad[idle].any() for leaf in leaves)
+    assert all(leaf.grad[~idle].any(1).all() for leaf in leaves)
+
+
+def test_nothing_to_do_is_done():
+    a, b, router, bias = weights(4, 0)
+    assert rank_lora(tokens(0), a, b, router, bias, table_of([Adapter(first_rank=0, ranks=4)]), one(0)).y.shape == (0, O)
+    x = tokens(2).requires_grad_()
+    routed = rank_lora(x, a, b, router, bias, table_of([]), one(2) - 1)
+    routed.y.sum().backward()
+    assert not routed.y.any()
+    assert not x.grad.any()
+
+
+def test_what_does_not_fit_is_refused():
+    a, b, router, bias = weights(4, 4)
+    table = table_of([Adapter(first_rank=0, ranks=4, rows=4, chosen=2, gate="softmax_topk")])
+    with pytest.raises(ValueError, match=r"x must be \[T, D\]"):
+        rank_lora(tokens(2)[0], a, b, router, bias, table, one(2))
+    with pytest.raises(ValueError, match=r"a must be \[4, 24\] torch.float64"):
+        rank_lora(tokens(2), a.float(), b, router, bias, table, one(2))
+    with pytest.raises(ValueError, match=r"adapter_of must be \[2\] torch.int32"):
+        rank_lora(tokens(2), a, b, router, bias, table, one(2).long())
+    with pytest.raises(ValueError, match="gate must be one of"):
+        Adapter(first_rank=0, ranks=4, gate="top2")
+    with pytest.raises(ValueError, match="ranks a multiple of rows"):
+        Adapter(first_rank=0, ranks=4, rows=3, chosen=1, gate="softmax_topk")
+    with pytest.raises(ValueError, match="a constant gate has no router"):
+        Adapter(first_rank=0, ranks=4, rows=4, chosen=1)
