@@ -22,6 +22,8 @@ struct LinearCall;
 struct GramCall;
 struct CombineCall;
 struct Addend;
+struct RowTable;
+struct AdapterPlace;
 
 // One row of function pointers for each instruction set. Scratch memory comes from the caller, 64-byte aligned.
 struct Kernels {
@@ -35,6 +37,12 @@ struct Kernels {
   void (*gram)(const GramCall&, int b, int64_t begin, int64_t end, float* scratch, double* sums);
   int64_t (*combine_scratch_floats)();
   void (*combine)(const CombineCall&, int b, const Addend*, int addends, int64_t begin, int64_t end, float* scratch);
+  void (*widen_row)(const RowTable&, int64_t index, float* to);
+  void (*row_dots)(const RowTable&, const int32_t* index, int first, int count, const float* x, int64_t x_row, int tokens,
+                   float* to, int64_t to_row);
+  void (*row_sums)(const RowTable&, const int32_t* index, int first, const float* factors, int count, int begin, int end,
+                   void* y, Type y_type);
+  void (*route)(float* scores, const float* bias, const AdapterPlace&, int32_t* picked, float* gates);
   float (*read)(const void* data, int64_t bytes);
 };
 

@@ -5,6 +5,7 @@
 #include "gram_kernel.h"
 #include "linear_kernel.h"
 #include "linear_tiles.h"
+#include "rank_lora_kernel.h"
 
 namespace anabranch {
 
@@ -69,6 +70,17 @@ constexpr Kernels kernels_of() {
       [](const CombineCall& call, int b, const Addend* addends, int count, int64_t begin, int64_t end, float* scratch) {
         CombineKernel<S>(call).add(b, addends, count, begin, end, scratch);
       },
+      RankLoraKernel<S>::widen_row,
+      RankLoraKernel<S>::dots,
+      [](const RowTable& table, const int32_t* index, int first, const float* factors, int count, int begin, int end,
+         void* y, Type y_type) {
+        with_type(y_type, [&](auto* type) {
+          using Y = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+          if constexpr (sizeof(Y) > 1)
+            RankLoraKernel<S>::sums(table, index, first, factors, count, begin, end, static_cast<Y*>(y));
+        });
+      },
+      RankLoraKernel<S>::route,
       read_all<S>,
   };
 }

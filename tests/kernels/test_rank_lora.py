@@ -1,17 +1,16 @@
 """Adapters with routed ranks: properties, the loop of the papers, back-ends against the reference, edges."""
 
-import itertools
-
 import pytest
 import torch
 from torch.testing import assert_close
 
-from anabranch_kernels.rank_lora import reference
+from anabranch_kernels.native import extension
+from anabranch_kernels.rank_lora import cpu, reference
 from anabranch_kernels.rank_lora.op import GATES, Adapter, rank_lora, table_of
 
 D, O = 24, 20
 ROUTED = GATES[1:]
-NONE = torch.zeros(0, D, dtype=torch.float64)
+ISAS = extension.supported_isas()
 
 
 def weights(R: int, G: int, *, dtype=torch.float64, seed: int = 0):
@@ -48,7 +47,8 @@ def by_the_formula(x, a, b, router, bias, adapter: Adapter):
     return out
 
 
-@pytest.mark.parametrize(("gate", "rows"), itertools.product(ROUTED, [12, 4, 3]))
+@pytest.mark.parametrize("rows", [12, 4, 3])
+@pytest.mark.parametrize("gate", ROUTED)
 def test_it_is_the_formula(gate, rows):
     adapter = Adapter(first_rank=2, ranks=12, first_row=1, rows=rows, chosen=2, gate=gate, scale=1.5)
     w = weights(16, rows + 2)
@@ -169,7 +169,10 @@ def test_ranks_that_nobody_picked_get_no_gradient(gate):
 
 def test_nothing_to_do_is_done():
     a, b, router, bias = weights(4, 0)
-    assert rank_lora(tokens(0), a, b, router, bias, table_of([Adapter(first_rank=0, ranks=4)]), one(0)).y.shape == (0, O)
+    assert rank_lora(tokens(0), a, b, router, bias, table_of([Adapter(first_rank=0, ranks=4)]), one(0)).y.shape == (
+        0,
+        O,
+    )
     x = tokens(2).requires_grad_()
     routed = rank_lora(x, a, b, router, bias, table_of([]), one(2) - 1)
     routed.y.sum().backward()
@@ -192,3 +195,79 @@ def test_what_does_not_fit_is_refused():
         Adapter(first_rank=0, ranks=4, rows=3, chosen=1, gate="softmax_topk")
     with pytest.raises(ValueError, match="a constant gate has no router"):
         Adapter(first_rank=0, ranks=4, rows=4, chosen=1)
+
+
+# Sums of D or of at most 8 products of numbers around one, in float32, and results rounded to the dtype.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def wide_case(dtype, D=157, O=147, T=37):
+    """Widths beyond a column block that end in the middle of a vector; ragged adapters; tokens without any."""
+    random = torch.Generator().manual_seed(11)
+    a, router = torch.randn(23, D, generator=random) / D**0.5, torch.randn(13, D, generator=random) / D**0.5
+    b, x = torch.randn(23, O, generator=random), torch.randn(T, D, generator=random)
+    bias = 0.1 * torch.randn(13, generator=random)
+    adapter_of = torch.randint(-1, len(MIXED), (T,), generator=random).int()
+    return tuple(t.to(dtype) for t in (x, a, b, router)), bias, table_of(MIXED), adapter_of
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_cpu_equals_the_reference(isa, dtype):
+    (x, a, b, router), bias, table, adapter_of = wide_case(dtype)
+    arguments = (x, a, b, router, bias, table.places, table.scales, adapter_of)
+    got = cpu.rank_lora_forward(*arguments, *table[2:], isa)
+    wanted = reference.rank_lora_forward(*arguments, *table[2:])
+    assert torch.equal(got[2], wanted[2])
+    assert torch.equal(got[1], wanted[1])
+    for mine, theirs in zip((got[0], *got[3:]), (wanted[0], *wanted[3:]), strict=True):
+        assert_close(mine, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    grad = torch.randn(*got[0].shape, generator=torch.Generator().manual_seed(12)).to(dtype)
+    mine = cpu.rank_lora_backward(grad, *arguments, *got[2:], isa)
+    theirs = reference.rank_lora_backward(grad, *arguments, *wanted[2:])
+    for one_gradient, same in zip(mine, theirs, strict=True):
+        scale = float(same.abs().max())
+        assert_close(one_gradient, same, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale)
+
+
+@pytest.mark.parametrize("T", [1, 2, 9])
+def test_a_token_does_not_depend_on_its_batch_nor_on_the_threads(T):
+    (x, a, b, router), bias, table, adapter_of = wide_case(torch.float32)
+    whole = rank_lora(x, a, b, router, bias, table, adapter_of)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            part = rank_lora(x[5 : 5 + T], a, b, router, bias, table, adapter_of[5 : 5 + T])
+            assert torch.equal(part.y, whole.y[5 : 5 + T])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_rows_may_lie_apart():
+    (x, a, b, router), bias, table, adapter_of = wide_case(torch.float32)
+    apart = [torch.stack([t, t + 1], 1)[:, 0] for t in (x, a, b, router)]
+    wanted = rank_lora(x, a, b, router, bias, table, adapter_of)
+    assert torch.equal(rank_lora(*apart, bias, table, adapter_of).y, wanted.y)
+    columns = [torch.stack([t, t + 1], 2)[:, :, 0] for t in (x, a, b, router)]
+    assert torch.equal(rank_lora(*columns, bias, table, adapter_of).y, wanted.y)
+
+
+def test_adapters_that_do_not_exist_are_refused():
+    (x, a, b, router), bias, table, adapter_of = wide_case(torch.float32)
+    with pytest.raises(ValueError, match="token 0 has adapter 9 of 5"):
+        rank_lora(x, a, b, router, bias, table, adapter_of * 0 + 9)
+    with pytest.raises(ValueError, match="adapter 2 has ranks up to 19 of 18"):
+        rank_lora(x, a[:18], b[:18], router, bias, table, adapter_of)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_registration_is_sound(dtype):
+    (x, a, b, router), bias, table, adapter_of = wide_case(dtype, T=6)
+    arguments = (x, a, b, router, bias, table.places, table.scales, adapter_of)
+    torch.library.opcheck(torch.ops.anabranch.rank_lora_forward.default, (*arguments, *table[2:]))
+    saved = torch.ops.anabranch.rank_lora_forward(*arguments, *table[2:])[2:]
+    grad = torch.ones(6, b.shape[1], dtype=dtype)
+    torch.library.opcheck(torch.ops.anabranch.rank_lora_backward.default, (grad, *arguments, *saved))
+    compiled = torch.compile(lambda *t: rank_lora(*t, bias, table, adapter_of).y, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, a, b, router), rank_lora(x, a, b, router, bias, table, adapter_of).y)

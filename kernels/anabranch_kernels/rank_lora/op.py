@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..library import define
-from . import reference
+from . import cpu, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GATES = ("constant", "softmax_topk", "sigmoid_renorm", "sigmoid_renorm_unbiased")
@@ -115,6 +115,7 @@ _forward = define(
     "rank_lora_forward(Tensor x, Tensor a, Tensor b, Tensor router, Tensor bias, Tensor places, Tensor scales, "
     "Tensor adapter_of, int chosen, int active) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.rank_lora_forward,
+    cpu=cpu.rank_lora_forward,
     fake=lambda x, a, b, router, bias, places, scales, adapter_of, chosen, active: (
         x.new_empty(x.shape[0], b.shape[1]),
         x.new_empty(router.shape[0], dtype=torch.int64),
@@ -128,6 +129,7 @@ _backward = define(
     "rank_lora_backward(Tensor grad, Tensor x, Tensor a, Tensor b, Tensor router, Tensor bias, Tensor places, "
     "Tensor scales, Tensor adapter_of, Tensor picked, Tensor gates, Tensor h) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.rank_lora_backward,
+    cpu=cpu.rank_lora_backward,
     fake=lambda grad, x, a, b, router, *rest: tuple(t.new_empty(t.shape) for t in (x, a, b, router)),
 )
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+CONSTANT, SOFTMAX, SIGMOID, UNBIASED = range(4)  # op.GATES
 SMALLEST = 2.0**-20  # of a biased score: gates are positive whatever the bias
 
 
@@ -11,13 +12,13 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def route(logits: Tensor, bias: Tensor, chosen: int, gate: int) -> tuple[Tensor, Tensor]:
-    """Blocks picked by each token [T, chosen], rising, and their gates. gate: index into op.GATES, not constant."""
-    scores = logits if gate == 1 else logits.sigmoid()
+    """Blocks picked by each token [T, chosen], rising, and their gates."""
+    scores = logits if gate == SOFTMAX else logits.sigmoid()
     biased = scores + bias
     best = biased.detach().sort(dim=1, descending=True, stable=True).indices[:, :chosen].sort(dim=1).values
-    if gate == 1:
+    if gate == SOFTMAX:
         return best, biased.gather(1, best).softmax(1)
-    kept = (biased.clamp_min(SMALLEST) if gate == 2 else scores).gather(1, best)
+    kept = (biased.clamp_min(SMALLEST) if gate == SIGMOID else scores).gather(1, best)
     return best, kept / kept.sum(1, keepdim=True)
 
 
@@ -27,7 +28,7 @@ def _branch(
     """One adapter: y, picked blocks, their gates, <A_i, x> of the ranks in them."""
     first, ranks, row, rows, chosen, gate = place
     h = x @ a[first : first + ranks].T
-    if gate == 0:
+    if gate == CONSTANT:
         return scale * h @ b[first : first + ranks], h.new_empty(len(x), 0).long(), h.new_empty(len(x), 0), h
     picked, gates = route(x @ router[row : row + rows].T, bias[row : row + rows], chosen, gate)
     block = ranks // rows
@@ -62,16 +63,38 @@ def rank_lora_backward(
     grad: Tensor, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, places: Tensor, scales: Tensor,
     adapter_of: Tensor, picked: Tensor, gates: Tensor, h: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    leaves = [_wide(t).detach().requires_grad_() for t in (x, a, b, router)]
-    wide_x, weights = leaves[0], (leaves[1], leaves[2], leaves[3], _wide(bias))
-    with torch.enable_grad():
-        total = wide_x.new_zeros(())
-        for index, (place, scale) in enumerate(zip(places.tolist(), scales.tolist(), strict=True)):
-            tokens = (adapter_of == index).nonzero()[:, 0]
-            y = _branch(wide_x[tokens], *weights, place, scale)[0]
-            total = total + (y * _wide(grad[tokens])).sum()
-    found = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True) if len(places) else None
-    if found is None:
-        return x.new_zeros(x.shape), a.new_zeros(a.shape), b.new_zeros(b.shape), router.new_zeros(router.shape)
-    dx, da, db, drouter = (g.to(t.dtype) for g, t in zip(found, (x, a, b, router), strict=True))
+    dx, da, db, drouter = found = tuple(torch.zeros_like(_wide(t)) for t in (x, a, b, router))
+    for index, ((first, ranks, row, rows, chosen, gate), scale) in enumerate(
+        zip(places.tolist(), scales.tolist(), strict=True)
+    ):
+        tokens = (adapter_of == index).nonzero()[:, 0]
+        X, dY = _wide(x[tokens]), _wide(grad[tokens])
+        A, B, W = (_wide(t) for t in (a[first : first + ranks], b[first : first + ranks], router[row : row + rows]))
+        hidden, dv, whole = X @ A.T, scale * dY @ B.T, torch.ones(1, dtype=X.dtype, device=X.device)
+        if gate != CONSTANT:
+            blocks, kept = picked[tokens, :chosen].long(), _wide(gates[tokens, :chosen])
+            zeros, each = X.new_zeros(len(X), rows), (rows, ranks // rows)
+            whole = zeros.scatter(1, blocks, kept).repeat_interleave(each[1], 1)
+            dgates = (hidden * dv).unflatten(1, each).sum(2).gather(1, blocks)
+            logits = (X @ W.T).gather(1, blocks)
+            dlogits = zeros.scatter(1, blocks, gates_backward(dgates, kept, logits, _wide(bias)[row + blocks], gate))
+            drouter[row : row + rows] += dlogits.T @ X
+            dx[tokens] += dlogits @ W
+        dx[tokens] += (dv * whole) @ A
+        da[first : first + ranks] += (dv * whole).T @ X
+        db[first : first + ranks] += scale * (hidden * whole).T @ dY
+    dx, da, db, drouter = (g.to(x.dtype) for g in found)
     return dx, da, db, drouter
+
+
+def gates_backward(dgates: Tensor, gates: Tensor, logits: Tensor, bias: Tensor, gate: int) -> Tensor:
+    """Gradient of the logits of picked blocks, all [T, C]; logits of others have none."""
+    centred = dgates - (dgates * gates).sum(1, keepdim=True)
+    if gate == SOFTMAX:
+        return gates * centred
+    p = logits.sigmoid()
+    kept = p if gate == UNBIASED else (p + bias).clamp_min(SMALLEST)
+    slope = p * (1 - p)
+    if gate == SIGMOID:
+        slope = torch.where(p + bias > SMALLEST, slope, 0.0)
+    return slope * centred / kept.sum(1, keepdim=True)
