@@ -112,16 +112,16 @@ RowTable table_of(const Rows& rows) {
 }
 
 void adapters(const Rows& x, const Rows& a, const Rows& b, const Rows& router, uintptr_t bias, uintptr_t places,
-              uintptr_t scales, uintptr_t adapter_of, const std::array<uintptr_t, 5>& out,
-              const std::array<int, 6>& sizes, const std::string& isa, int threads) {
+              uintptr_t scales, uintptr_t adapter_of, const std::array<int64_t, 6>& out,
+              const std::array<int, 6>& sizes, bool add, const std::string& isa, int threads) {
   RankLoraCall c{};
   c.x = table_of(x), c.a = table_of(a), c.b = table_of(b), c.router = table_of(router);
   c.bias = pointer<float>(bias), c.places = pointer<AdapterPlace>(places), c.scales = pointer<float>(scales);
   c.adapter_of = pointer<int32_t>(adapter_of);
-  c.y = pointer<void>(out[0]), c.counts = pointer<int64_t>(out[1]), c.picked = pointer<int32_t>(out[2]);
-  c.gates = pointer<float>(out[3]), c.h = pointer<float>(out[4]);
+  c.y = pointer<void>(out[0]), c.y_row = out[1], c.counts = pointer<int64_t>(out[2]);
+  c.picked = pointer<int32_t>(out[3]), c.gates = pointer<float>(out[4]), c.h = pointer<float>(out[5]);
   c.T = sizes[0], c.adapters = sizes[1], c.ranks = sizes[2], c.groups = sizes[3], c.chosen = sizes[4];
-  c.active = sizes[5];
+  c.active = sizes[5], c.add = add;
   const Isa chosen = isa_of(isa);
   py::gil_scoped_release release;
   const std::string wrong = rank_lora(c, chosen, threads);

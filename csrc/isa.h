@@ -41,7 +41,7 @@ struct Kernels {
   void (*row_dots)(const RowTable&, const int32_t* index, int first, int count, const float* x, int64_t x_row, int tokens,
                    float* to, int64_t to_row);
   void (*row_sums)(const RowTable&, const int32_t* index, int first, const float* factors, int count, int begin, int end,
-                   void* y, Type y_type);
+                   void* y, Type y_type, bool add);
   void (*route)(float* scores, const float* bias, const AdapterPlace&, int32_t* picked, float* gates);
   float (*read)(const void* data, int64_t bytes);
 };

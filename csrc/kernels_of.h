@@ -73,11 +73,11 @@ constexpr Kernels kernels_of() {
       RankLoraKernel<S>::widen_row,
       RankLoraKernel<S>::dots,
       [](const RowTable& table, const int32_t* index, int first, const float* factors, int count, int begin, int end,
-         void* y, Type y_type) {
+         void* y, Type y_type, bool add) {
         with_type(y_type, [&](auto* type) {
           using Y = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
           if constexpr (sizeof(Y) > 1)
-            RankLoraKernel<S>::sums(table, index, first, factors, count, begin, end, static_cast<Y*>(y));
+            RankLoraKernel<S>::sums(table, index, first, factors, count, begin, end, static_cast<Y*>(y), add);
         });
       },
       RankLoraKernel<S>::route,

@@ -65,20 +65,28 @@ int active(const AdapterPlace& place) { return place.rows == 0 ? place.ranks : p
 
 }  // namespace
 
-std::string rank_lora(const RankLoraCall& call, Isa isa, int threads) {
-  const std::string wrong = what_is_wrong(call);
+std::string rank_lora(const RankLoraCall& asked, Isa isa, int threads) {
+  const std::string wrong = what_is_wrong(asked);
   if (!wrong.empty()) return wrong;
   const Kernels& kernels = kernels_for(isa);
-  const int64_t y_bytes = call.b.width * size_of(call.b.type);
-  std::memset(call.counts, 0, call.groups * sizeof(int64_t));
-  std::fill(call.picked, call.picked + int64_t{call.T} * call.chosen, -1);
-  std::fill(call.gates, call.gates + int64_t{call.T} * call.chosen, 0.0f);
-  std::fill(call.h, call.h + int64_t{call.T} * call.active, 0.0f);
+  RankLoraCall call = asked;
+  const bool add = call.add;
+  const int64_t most_picked = int64_t{call.T} * call.chosen, most_active = int64_t{call.T} * call.active;
+  std::vector<int32_t> picked(add ? most_picked : 0);
+  std::vector<float> kept(add ? most_picked + most_active : 0);
+  if (add) call.picked = picked.data(), call.gates = kept.data(), call.h = kept.data() + most_picked;
+  if (!add) {
+    std::fill_n(call.counts, call.groups, 0);
+    std::fill_n(call.picked, most_picked, -1);
+    std::fill_n(call.gates, most_picked, 0.0f);
+    std::fill_n(call.h, most_active, 0.0f);
+  }
   std::vector<int> order;
   const std::vector<Item> items = items_of(call, order);
   const int64_t x_row = round_up(call.x.width, 16);
   const int64_t floats = kTokens * (x_row + round_up(std::max(call.groups, call.active), 16)) + round_up(call.active, 16);
   const AlignedFloats scratch(floats * threads);
+  const auto y_of = [&](int64_t t) { return static_cast<char*>(call.y) + t * call.y_row * size_of(call.b.type); };
 
   parallel_for(static_cast<int>(items.size()), threads, [&](int task, int thread) {
     const Item& item = items[task];
@@ -124,14 +132,14 @@ std::string rank_lora(const RankLoraCall& call, Isa isa, int threads) {
           factors[i] = scale * h[i] * (place.rows == 0 ? 1.0f : call.gates[t * call.chosen + i / block]);
         const int32_t* rows = ranks_of(call, place, static_cast<int>(t), listed);
         kernels.row_sums(call.b, rows, place.first_rank, factors, ranks, at, std::min(at + piece, end),
-                         static_cast<char*>(call.y) + t * y_bytes, call.b.type);
+                         y_of(t), call.b.type, add);
       }
   });
 
-  for (int t = 0; t < call.T; ++t) {
+  for (int t = 0; t < call.T && !add; ++t) {
     const int adapter = call.adapter_of[t];
     if (adapter < 0) {
-      std::memset(static_cast<char*>(call.y) + t * y_bytes, 0, y_bytes);
+      std::memset(y_of(t), 0, call.b.width * size_of(call.b.type));
       continue;
     }
     const AdapterPlace& place = call.places[adapter];
@@ -158,7 +166,7 @@ void listed_sums(const RowLists& lists, const float* factors, float* y, Isa isa,
   parallel_for(lists.lists, threads, [&](int n, int) {
     const int64_t begin = lists.offsets[n], count = lists.offsets[n + 1] - begin;
     kernels.row_sums(lists.rows, lists.index + begin, 0, factors + begin, static_cast<int>(count), 0, lists.rows.width,
-                     y + int64_t{n} * lists.rows.width, Type::f32);
+                     y + int64_t{n} * lists.rows.width, Type::f32, false);
   });
 }
 

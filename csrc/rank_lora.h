@@ -25,20 +25,23 @@ struct AdapterPlace {
 };
 
 struct RankLoraCall {
-  RowTable x, a, b, router;   // x [T, D], a [R, D], b [R, O], router [G, D], all of one type
-  const float* bias;          // [G]
-  const AdapterPlace* places; // [A]
-  const float* scales;        // [A]
-  const int32_t* adapter_of;  // [T], -1 for none
-  void* y;                    // [T, O], type of x, contiguous
-  int64_t* counts;            // [G]
-  int32_t* picked;            // [T, chosen]
-  float* gates;               // [T, chosen]
-  float* h;                   // [T, active]
+  RowTable x, a, b, router;    // x [T, D], a [R, D], b [R, O], router [G, D], all of one type
+  const float* bias;           // [G]
+  const AdapterPlace* places;  // [A]
+  const float* scales;         // [A]
+  const int32_t* adapter_of;   // [T], -1 for none
+  void* y;                     // [T, O], type of x, rows y_row elements apart
+  int64_t y_row;
+  int64_t* counts;  // [G]
+  int32_t* picked;  // [T, chosen]
+  float* gates;     // [T, chosen]
+  float* h;         // [T, active]
   int T, adapters, ranks, groups, chosen, active;
+  bool add;
 };
 
-// Everything behind the inputs is written. Returns what is wrong with the numbers of adapters and rows, or nothing.
+// Writes y and all behind it; or with `add`, when what is behind y may be null, adds to y and leaves the rows of tokens
+// without an adapter alone. Returns what is wrong with the numbers of adapters and rows, or nothing.
 std::string rank_lora(const RankLoraCall& call, Isa isa, int threads);
 
 // Lists of rows of a table: row index[j] for j in [offsets[n], offsets[n + 1]) belongs to list n.

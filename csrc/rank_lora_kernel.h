@@ -52,17 +52,17 @@ class RankLoraKernel {
     });
   }
 
-  // y[begin..end) = sum of factors[j] * row index[j] there; rows first + j if index is null.
+  // y[begin..end) = (add ? y : 0) + sum of factors[j] * row index[j] there; rows first + j if index is null.
   template <class Y>
   static void sums(const RowTable& table, const int32_t* index, int first, const float* factors, int count, int begin,
-                   int end, Y* y) {
+                   int end, Y* y, bool add) {
     with_row_type(table, [&](auto* data) {
       const auto row_of = [&](int j) { return data + (index == nullptr ? first + j : index[j]) * table.row; };
       int at = begin;
       for (; at + kVectors * W <= end; at += kVectors * W) {
         F sum[kVectors];
 #pragma GCC unroll 8
-        for (int i = 0; i < kVectors; ++i) sum[i] = S::zero();
+        for (int i = 0; i < kVectors; ++i) sum[i] = add ? S::widen(y + at + i * W) : S::zero();
         for (int j = 0; j < count; ++j) {
           const auto* row = row_of(j) + at;
           const F factor = S::set1(factors[j]);
@@ -74,7 +74,7 @@ class RankLoraKernel {
       }
       for (; at < end; at += W) {
         const int left = std::min(W, end - at);
-        F sum = S::zero();
+        F sum = add ? tail(y + at, left) : S::zero();
         for (int j = 0; j < count; ++j) {
           const auto* row = row_of(j) + at;
           sum = S::fma(S::set1(factors[j]), left == W ? S::widen(row) : tail(row, left), sum);

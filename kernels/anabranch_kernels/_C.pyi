@@ -81,6 +81,7 @@ def rank_lora(
     adapter_of: int,
     out: tuple[int, ...],
     sizes: tuple[int, ...],
+    add: bool,
     isa: str,
     threads: int,
 ) -> None: ...

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from anabranch_kernels.native import extension
 from anabranch_kernels.rank_lora import cpu, reference
-from anabranch_kernels.rank_lora.op import GATES, Adapter, rank_lora, table_of
+from anabranch_kernels.rank_lora.op import GATES, Adapter, add_rank_lora, rank_lora, table_of
 
 D, O = 24, 20
 ROUTED = GATES[1:]
@@ -253,6 +253,22 @@ def test_rows_may_lie_apart():
     assert torch.equal(rank_lora(*columns, bias, table, adapter_of).y, wanted.y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, *TOLERANCE], ids=str)
+def test_it_is_added_to_some_columns_of_an_output(dtype):
+    (x, a, b, router), bias, table, adapter_of = wide_case(dtype)
+    wide = torch.randn(len(x), b.shape[1] + 9, generator=torch.Generator().manual_seed(13)).to(dtype)
+    before = wide.clone()
+    add_rank_lora(wide[:, 4:-5], x, a, b, router, bias, table, adapter_of)
+    wanted = before[:, 4:-5].double() + rank_lora(x, a, b, router, bias, table, adapter_of).y.double()
+    tolerance = TOLERANCE.get(dtype, 1e-12)
+    assert_close(wide[:, 4:-5].double(), wanted, rtol=tolerance, atol=tolerance)
+    untouched = torch.ones_like(wide, dtype=torch.bool)
+    untouched[adapter_of >= 0, 4:-5] = False
+    assert torch.equal(wide[untouched], before[untouched])
+    with pytest.raises(ValueError, match=r"y must be \[37, 147\]"):
+        add_rank_lora(wide, x, a, b, router, bias, table, adapter_of)
+
+
 def test_adapters_that_do_not_exist_are_refused():
     (x, a, b, router), bias, table, adapter_of = wide_case(torch.float32)
     with pytest.raises(ValueError, match="token 0 has adapter 9 of 5"):
@@ -269,5 +285,7 @@ def test_the_registration_is_sound(dtype):
     saved = torch.ops.anabranch.rank_lora_forward(*arguments, *table[2:])[2:]
     grad = torch.ones(6, b.shape[1], dtype=dtype)
     torch.library.opcheck(torch.ops.anabranch.rank_lora_backward.default, (grad, *arguments, *saved))
+    y = torch.zeros(6, b.shape[1], dtype=dtype)
+    torch.library.opcheck(torch.ops.anabranch.rank_lora_add.default, (y, *arguments, *table[2:]))
     compiled = torch.compile(lambda *t: rank_lora(*t, bias, table, adapter_of).y, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, a, b, router), rank_lora(x, a, b, router, bias, table, adapter_of).y)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from anabranch.adapters.attach import Adapted, Adapter, attach
+from anabranch.adapters.attach import Adapter, attach, linear_layers
 from anabranch.adapters.rank_lora import RankLora, RankLoraSettings
 from anabranch.adapters.triadapt import TriAdapt, TriAdaptSettings
 from anabranch.common.checkpoint import read_json, write_json, write_safetensors
@@ -38,14 +38,13 @@ UNSUPPORTED = (
 )
 
 
-def save_adapters(folder: str | Path, adapted: Mapping[str, Adapted], *, base_model: str | None = None) -> None:
+def save_adapters(folder: str | Path, adapters: Mapping[str, Adapter], *, base_model: str | None = None) -> None:
     """Write the adapters of a model, each file whole or not there.
 
     base_model   what PEFT's config is to call the model they belong to
 
     Raises ValueError if they are not all of one kind and settings.
     """
-    adapters = {name: layer.adapter for name, layer in adapted.items()}
     kinds = {(type(adapter), adapter.settings) for adapter in adapters.values()}
     if len(kinds) != 1:
         raise ValueError(f"adapters of one folder share their settings, got {sorted(map(str, kinds))}")
@@ -64,7 +63,7 @@ def save_adapters(folder: str | Path, adapted: Mapping[str, Adapted], *, base_mo
     write_json(out / CONFIG, config)
 
 
-def load_adapters(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | None = None) -> dict[str, Adapted]:
+def load_adapters(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | None = None) -> dict[str, Adapter]:
     """Attach the adapters of a folder to a model; returns them as `attach` does.
 
     dtype   of their weights; that of each layer's own if None
@@ -91,11 +90,11 @@ def load_adapters(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | 
         adapter: Adapter = kind(inputs, outputs, settings, dtype=dtype or weight.dtype, device=weight.device)
         return adapter
 
-    adapted = _attach_exactly(model, config["target_modules"], adapter_of)
-    for name, layer in adapted.items():
+    adapters = _attach_exactly(model, config["target_modules"], adapter_of)
+    for name, adapter in adapters.items():
         mine = {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
-        _fill(layer.adapter, mine, name)
-    return adapted
+        _fill(adapter, mine, name)
+    return adapters
 
 
 def _as_peft(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
@@ -108,7 +107,7 @@ def _as_peft(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
 
 def _from_peft(
     model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype | None
-) -> dict[str, Adapted]:
+) -> dict[str, Adapter]:
     wrong = [key for key in UNSUPPORTED if config.get(key)]
     if wrong or config.get("bias", "none") != "none":
         raise ValueError(f"this LoRA uses {wrong or ['bias']}, which is not supported: plain A and B are")
@@ -128,11 +127,11 @@ def _from_peft(
         settings = RankLoraSettings(ranks=r, alpha=alpha * r**0.5 if config.get("use_rslora") else alpha)
         return RankLora(inputs, outputs, settings, dtype=dtype or weight.dtype, device=weight.device)
 
-    adapted = _attach_exactly(model, list(pairs), adapter_of)
-    for name, layer in adapted.items():
+    adapters = _attach_exactly(model, list(pairs), adapter_of)
+    for name, adapter in adapters.items():
         pair = {"a": pairs[name]["A"], "b": pairs[name]["B"].T}
-        _fill(layer.adapter, {**layer.adapter.state_dict(), **pair}, name)
-    return adapted
+        _fill(adapter, {**adapter.state_dict(), **pair}, name)
+    return adapters
 
 
 def _pattern(patterns: Mapping[str, float] | None, name: str, otherwise: float) -> float:
@@ -145,11 +144,13 @@ def _pattern(patterns: Mapping[str, float] | None, name: str, otherwise: float) 
 
 def _attach_exactly(
     model: nn.Module, names: list[str], adapter_of: Callable[[str, int, int, Tensor], Adapter]
-) -> dict[str, Adapted]:
+) -> dict[str, Adapter]:
     def branch(name: str, inputs: int, outputs: int) -> Adapter:
         if name not in names:
             raise ValueError(f"the folder names {names[:3]} …, which are ends of other layers' names: {name}")
-        return adapter_of(name, inputs, outputs, model.get_parameter(f"{name}.weight"))
+        return adapter_of(name, inputs, outputs, model.get_parameter(f"{places[name].module}.weight"))
+
+    places = linear_layers(model)
 
     return attach(model, branch, targets=names)
 

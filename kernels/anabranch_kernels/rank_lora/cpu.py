@@ -21,18 +21,36 @@ def rank_lora_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64:
         return reference.rank_lora_forward(x, a, b, router, bias, places, scales, adapter_of, chosen, active)
-    x, a, b, router = (_dense_rows(t) for t in (x, a, b, router))
-    bias, places, scales, adapter_of = (t.contiguous() for t in (bias, places, scales, adapter_of))
     T, G = len(x), len(router)
     y, counts = x.new_empty(T, b.shape[1]), x.new_empty(G, dtype=torch.int64)
     picked = x.new_empty(T, chosen, dtype=torch.int32)
     gates, h = x.new_empty(T, chosen, dtype=torch.float32), x.new_empty(T, active, dtype=torch.float32)
+    saved = (counts.data_ptr(), picked.data_ptr(), gates.data_ptr(), h.data_ptr())
+    _call(y, saved, x, a, b, router, bias, places, scales, adapter_of, chosen, active, isa)
+    return y, counts, picked, gates, h
+
+
+def add_rank_lora(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, places: Tensor, scales: Tensor,
+    adapter_of: Tensor, chosen: int, active: int, isa: str = ISA,
+) -> None:  # fmt: skip
+    if x.dtype == torch.float64 or y.stride(1) != 1:
+        reference.add_rank_lora(y, x, a, b, router, bias, places, scales, adapter_of, chosen, active)
+    else:
+        _call(y, None, x, a, b, router, bias, places, scales, adapter_of, chosen, active, isa)
+
+
+def _call(
+    y: Tensor, saved: tuple[int, ...] | None, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor,
+    places: Tensor, scales: Tensor, adapter_of: Tensor, chosen: int, active: int, isa: str,
+) -> None:  # fmt: skip
+    x, a, b, router = _dense_rows(x), _dense_rows(a), _dense_rows(b), _dense_rows(router)
+    bias, adapter_of = bias.contiguous(), adapter_of.contiguous()
     extension.rank_lora(
         _rows(x), _rows(a), _rows(b), _rows(router), bias.data_ptr(), places.data_ptr(), scales.data_ptr(),
-        adapter_of.data_ptr(), (y.data_ptr(), counts.data_ptr(), picked.data_ptr(), gates.data_ptr(), h.data_ptr()),
-        (T, len(scales), len(a), G, chosen, active), isa, torch.get_num_threads(),
+        adapter_of.data_ptr(), (y.data_ptr(), y.stride(0), *(saved or (0, 0, 0, 0))),
+        (len(x), len(scales), len(a), len(router), chosen, active), saved is None, isa, torch.get_num_threads(),
     )  # fmt: skip
-    return y, counts, picked, gates, h
 
 
 def rank_lora_backward(

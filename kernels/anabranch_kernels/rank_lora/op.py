@@ -125,6 +125,14 @@ _forward = define(
     ),
 )
 
+_add = define(
+    "rank_lora_add(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor router, Tensor bias, Tensor places, "
+    "Tensor scales, Tensor adapter_of, int chosen, int active) -> ()",
+    reference=reference.add_rank_lora,
+    cpu=cpu.add_rank_lora,
+    fake=lambda *arguments: None,
+)
+
 _backward = define(
     "rank_lora_backward(Tensor grad, Tensor x, Tensor a, Tensor b, Tensor router, Tensor bias, Tensor places, "
     "Tensor scales, Tensor adapter_of, Tensor picked, Tensor gates, Tensor h) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -184,6 +192,22 @@ def rank_lora(
     return Routed(*_forward(x, a, b, router, bias, table.places, table.scales, adapter_of, *table[2:])[:4])
 
 
+def add_rank_lora(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, table: Table, adapter_of: Tensor
+) -> None:
+    """Add what the adapters of a linear layer say to its output y [T, O], in place; for inference, no gradient.
+
+    y   dtype of x; rows may lie apart, so it may be some columns of a wider output. Rows of tokens without an adapter
+        are not touched
+
+    All else as in `rank_lora`.
+    """
+    _check(x, a, b, router, bias, table, adapter_of)
+    if y.shape != (x.shape[0], b.shape[1]) or y.dtype != x.dtype or y.device != x.device:
+        raise ValueError(f"y must be [{x.shape[0]}, {b.shape[1]}] {x.dtype} on {x.device}, got {_what(y)}")
+    _add(y, x, a, b, router, bias, table.places, table.scales, adapter_of, table.chosen, table.active)
+
+
 def _check(x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, table: Table, adapter_of: Tensor) -> None:
     if x.ndim != 2 or x.dtype not in DTYPES:
         raise ValueError(f"x must be [T, D] in one of {list(DTYPES)}, got {_what(x)}")
@@ -193,8 +217,6 @@ def _check(x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, table:
         ("b", b, (a.shape[0], b.shape[-1]), x.dtype),
         ("router", router, (router.shape[0], D), x.dtype),
         ("bias", bias, (router.shape[0],), torch.float32),
-        ("table.places", table.places, (table.scales.shape[0], 6), torch.int32),
-        ("table.scales", table.scales, (table.scales.shape[0],), torch.float32),
         ("adapter_of", adapter_of, (T,), torch.int32),
     ):
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x.device:

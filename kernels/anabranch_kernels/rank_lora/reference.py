@@ -1,5 +1,7 @@
 """Adapters one after another, in float64, all ranks computed and those not picked multiplied by zero."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,10 @@ def rank_lora_forward(
         row, rows = place[2:4]
         counts[row : row + rows] += blocks.flatten().bincount(minlength=rows) if rows else 0
     return y, counts, picked, gates, h
+
+
+def add_rank_lora(y: Tensor, x: Tensor, *arguments: Any) -> None:
+    y += rank_lora_forward(x, *arguments)[0]
 
 
 def rank_lora_backward(

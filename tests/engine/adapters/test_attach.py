@@ -7,6 +7,8 @@ from torch.testing import assert_close
 
 from anabranch.adapters.attach import Adapted, attach, detach, merge, padded
 from anabranch.adapters.rank_lora import RankLora, RankLoraSettings
+from anabranch.models.config import ModelConfig
+from anabranch.models.transformer import DenseAttend, Transformer
 
 
 class Model(nn.Module):
@@ -29,8 +31,8 @@ def lora(**settings):
 
 def randomise(adapted):
     with torch.no_grad():
-        for layer in adapted.values():
-            layer.adapter.b.normal_()
+        for adapter in adapted.values():
+            adapter.b.normal_()
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def test_only_adapters_train_and_the_output_is_unchanged_at_first():
     before = model(x)
     attach(model, lora(chosen=2))
     assert torch.equal(model(x), before)
-    assert all(("adapter" in name) == p.requires_grad for name, p in model.named_parameters())
+    assert all((".adapters." in name) == p.requires_grad for name, p in model.named_parameters())
 
 
 def test_merging_gives_the_adapted_output_and_the_old_layers():
@@ -86,11 +88,11 @@ def test_padding_takes_no_part():
     adapted = attach(model, lora(chosen=2))
     randomise(adapted)
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    with padded(adapted, mask):
+    with padded(model, mask):
         out = model(x)
     assert torch.equal(out[~mask], bare[~mask])
     assert not torch.isclose(out[mask], bare[mask]).all(-1).any()
-    assert all(layer.adapter.counts.sum() == 3 * 2 for layer in adapted.values())
+    assert all(adapter.counts.sum() == 3 * 2 for adapter in adapted.values())
     assert not torch.equal(model(x)[~mask], bare[~mask])
 
 
@@ -102,3 +104,35 @@ def test_what_matches_nothing_is_refused_and_nothing_changes():
     attach(model, lora())
     with pytest.raises(ValueError, match="has adapters already"):
         attach(model, lora())
+
+
+def fused():
+    config = ModelConfig(
+        family="sigma", vocab_size=32, hidden_size=16, ffn_size=24, layers=2, q_heads=4, k_heads=1, v_heads=2, k_dim=4,
+        v_dim=4, max_position=64,
+    )  # fmt: skip
+    return Transformer(config).initialise(torch.Generator().manual_seed(0), std=0.3).eval()
+
+
+def hidden(model):
+    tokens = torch.arange(6)
+    with torch.no_grad():
+        return model(tokens, tokens, DenseAttend(1))
+
+
+def test_fused_layers_have_adapters_of_their_own():
+    """q, k and v are one matrix here; each takes an adapter under the name that checkpoints give it."""
+    model = fused()
+    before = hidden(model)
+    adapted = attach(model, lora(), targets=["q_proj", "v_proj", "model.layers.1.mlp.*"])
+    assert [name for name in adapted if ".1." in name] == [
+        f"model.layers.1.{name}" for name in
+        ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    ]  # fmt: skip
+    assert adapted["model.layers.0.self_attn.v_proj"].b.shape == (4, 8)
+    assert torch.equal(hidden(model), before)
+    randomise(adapted)
+    with_adapters = hidden(model)
+    assert (with_adapters - before).abs().max() > 0.01
+    merge(model)
+    assert_close(hidden(model), with_adapters)

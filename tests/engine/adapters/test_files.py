@@ -13,6 +13,8 @@ from anabranch.adapters.attach import attach
 from anabranch.adapters.files import load_adapters, save_adapters
 from anabranch.adapters.rank_lora import RankLora, RankLoraSettings
 from anabranch.adapters.triadapt import TriAdapt, TriAdaptSettings
+from anabranch.models.transformer import DenseAttend
+from anabranch.models.weights import load_model
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -29,8 +31,8 @@ def llama():
 
 def randomise(adapted):
     with torch.no_grad():
-        for layer in adapted.values():
-            layer.adapter.b.normal_(std=0.1)
+        for adapter in adapted.values():
+            adapter.b.normal_(std=0.1)
 
 
 def logits(model):
@@ -75,16 +77,16 @@ def test_every_kind_comes_back_as_it_was(tmp_path, kind):
     ours = llama()
     adapted = attach(ours, lambda name, i, o: make(i, o, settings), targets=["q_proj", "up_proj"])
     if kind == "triadapt":
-        adapted["model.layers.1.mlp.up_proj"].adapter.grow(5)
+        adapted["model.layers.1.mlp.up_proj"].grow(5)
     else:
-        next(iter(adapted.values())).adapter.bias.add_(0.1)
+        next(iter(adapted.values())).bias.add_(0.1)
     randomise(adapted)
     save_adapters(tmp_path, adapted)
     again = llama()
     loaded = load_adapters(again, tmp_path)
     assert list(loaded) == list(adapted)
     assert torch.equal(logits(again), logits(ours))
-    assert all(layer.adapter.settings == settings for layer in loaded.values())
+    assert all(adapter.settings == settings for adapter in loaded.values())
 
 
 def test_weights_take_the_dtype_of_their_layer(tmp_path):
@@ -138,3 +140,18 @@ def test_folders_that_cannot_be_are_refused_and_the_model_is_left_alone(tmp_path
         load_adapters(model, tmp_path)
     assert torch.equal(logits(model), before)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_our_own_model_computes_pefts_adapters_as_peft_does(tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
+    theirs = peft.get_peft_model(llama(), config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    llama().save_pretrained(tmp_path / "model")
+    ours = load_model(tmp_path / "model")
+    assert len(load_adapters(ours, tmp_path / "adapter")) == 14
+    with torch.no_grad():
+        rows = ours.logits(ours(TOKENS.flatten(), torch.arange(6).repeat(2), DenseAttend(2)))
+    assert_close(rows, logits(theirs).flatten(0, 1), rtol=1e-5, atol=1e-5)
+    save_adapters(tmp_path / "again", load_adapters(load_model(tmp_path / "model"), tmp_path / "adapter"))
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
+    assert (logits(again) - logits(theirs)).abs().max() < 1e-6
