@@ -103,7 +103,8 @@ class RankLora(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         if adapter_of is None:
             adapter_of = torch.zeros(len(rows), dtype=torch.int32, device=x.device)
-        routed = rank_lora(rows, self.a, self.b, self.router, self.bias, self._table, adapter_of)
+        a, b, router = (weight.to(x.dtype) for weight in (self.a, self.b, self.router))  # trained in float32, perhaps
+        routed = rank_lora(rows, a, b, router, self.bias, self._table, adapter_of)
         if self.training:
             self.counts += routed.counts
         return routed.y.view(*x.shape[:-1], -1)

@@ -87,6 +87,7 @@ class TriAdapt(nn.Module):
     """
 
     blocks: Tensor
+    seen: Tensor
 
     def __init__(
         self,
@@ -99,17 +100,20 @@ class TriAdapt(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.settings, self.rank, self._generator = settings, 0, generator
+        self.settings, self.rank = settings, 0
+        self._seed = int(torch.randint(2**31, (), generator=generator))  # a resumed run grows the same ranks
         capacity = settings.most_ranks
         zeros = partial(torch.zeros, dtype=dtype, device=device)
         self.a, self.b = nn.Parameter(zeros(capacity, inputs)), nn.Parameter(zeros(capacity, outputs))
         self.lower, self.upper = (nn.Parameter(zeros(capacity, capacity)) for _ in range(2))
         # The growth step at which each rank came; a rank that is not alive has none.
         self.register_buffer("blocks", torch.full((capacity,), -1, device=device))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64, device=device))  # importance, last look
         self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             lambda module, _: module.count()
         )
         self.grow(settings.initial)
+        self.seen.fill_(self.importance())
 
     @torch.no_grad()
     def grow(self, ranks: int) -> None:
@@ -117,8 +121,8 @@ class TriAdapt(nn.Module):
         if ranks < 1 or self.rank + ranks > len(self.a):
             raise ValueError(f"cannot grow by {ranks}: rank {self.rank} of at most {len(self.a)}")
         new = slice(self.rank, self.rank + ranks)
-        block = torch.empty(ranks, self.a.shape[1], device=self.a.device).normal_(std=0.02, generator=self._generator)
-        self.a[new] = block.to(self.a.dtype)
+        random = torch.Generator().manual_seed(self._seed + self.rank)
+        self.a[new] = (0.02 * torch.randn(ranks, self.a.shape[1], generator=random)).to(self.a)
         self.lower[new, new].fill_diagonal_(1.0)
         self.blocks[new] = int(self.blocks.max()) + 1
         self.rank += ranks
@@ -143,8 +147,8 @@ class TriAdapt(nn.Module):
             adapter_of = torch.zeros(len(rows), dtype=torch.int32, device=x.device)
         table = table_of([Adapter(first_rank=0, ranks=self.rank, scale=self.scale)], x.device)
         none, bias = x.new_zeros(0, x.shape[-1]), torch.zeros(0, device=x.device)
-        mixed = self.centre() @ self.a[: self.rank]
-        y = rank_lora(rows, mixed, self.b[: self.rank], none, bias, table, adapter_of).y
+        mixed, b = (self.centre() @ self.a[: self.rank]).to(x.dtype), self.b[: self.rank].to(x.dtype)
+        y = rank_lora(rows, mixed, b, none, bias, table, adapter_of).y
         return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
@@ -167,11 +171,10 @@ class TriAdapt(nn.Module):
 
 
 class Growth:
-    """Who grows and when; call `look` after every optimiser step. `seen` is what a resumed run needs beside weights."""
+    """Who grows and when; call `look` after every optimiser step."""
 
     def __init__(self, settings: TriAdaptSettings, layers: Mapping[str, TriAdapt]) -> None:
         self.settings, self.layers = settings, layers
-        self.seen = {name: layer.importance() for name, layer in layers.items()}
 
     @property
     def budget(self) -> int:
@@ -197,7 +200,7 @@ class Growth:
         if step <= s.warmup or (step - s.warmup) % s.interval or self.total >= self.budget:
             return []
         levels = {name: layer.importance() for name, layer in self.layers.items()}
-        rise = {name: level - self.seen[name] for name, level in levels.items()}
+        rise = {name: level - float(self.layers[name].seen) for name, level in levels.items()}
         order = sorted(rise, key=lambda name: -rise[name])  # stable: ties go to the earlier layer
         grown = []
         for name in order[: self.wanted(step)]:
@@ -207,5 +210,6 @@ class Growth:
                 continue
             layer.grow(ranks)
             grown.append(name)
-        self.seen = levels
+        for name, level in levels.items():
+            self.layers[name].seen.fill_(level)
         return grown
