@@ -223,8 +223,8 @@ def test_cpu_equals_the_reference(isa, dtype):
     for mine, theirs in zip((got[0], *got[3:]), (wanted[0], *wanted[3:]), strict=True):
         assert_close(mine, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     grad = torch.randn(*got[0].shape, generator=torch.Generator().manual_seed(12)).to(dtype)
-    mine = cpu.rank_lora_backward(grad, *arguments, *got[2:], isa)
-    theirs = reference.rank_lora_backward(grad, *arguments, *wanted[2:])
+    mine = cpu.rank_lora_backward(grad, *arguments, *got[2:], *table[4:], isa)
+    theirs = reference.rank_lora_backward(grad, *arguments, *wanted[2:], *table[4:])
     for one_gradient, same in zip(mine, theirs, strict=True):
         scale = float(same.abs().max())
         assert_close(one_gradient, same, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale)
@@ -284,7 +284,7 @@ def test_the_registration_is_sound(dtype):
     torch.library.opcheck(torch.ops.anabranch.rank_lora_forward.default, (*arguments, *table[2:]))
     saved = torch.ops.anabranch.rank_lora_forward(*arguments, *table[2:])[2:]
     grad = torch.ones(6, b.shape[1], dtype=dtype)
-    torch.library.opcheck(torch.ops.anabranch.rank_lora_backward.default, (grad, *arguments, *saved))
+    torch.library.opcheck(torch.ops.anabranch.rank_lora_backward.default, (grad, *arguments, *saved, *table[4:]))
     y = torch.zeros(6, b.shape[1], dtype=dtype)
     torch.library.opcheck(torch.ops.anabranch.rank_lora_add.default, (y, *arguments, *table[2:]))
     compiled = torch.compile(lambda *t: rank_lora(*t, bias, table, adapter_of).y, fullgraph=True, backend="eager")

@@ -17,10 +17,12 @@ from . import reference
 
 def rank_lora_forward(
     x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, places: Tensor, scales: Tensor, adapter_of: Tensor,
-    chosen: int, active: int, isa: str = ISA,
+    chosen: int, active: int, rows: int, ranks: int, isa: str = ISA,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64:
-        return reference.rank_lora_forward(x, a, b, router, bias, places, scales, adapter_of, chosen, active)
+        return reference.rank_lora_forward(
+            x, a, b, router, bias, places, scales, adapter_of, chosen, active, rows, ranks
+        )
     T, G = len(x), len(router)
     y, counts = x.new_empty(T, b.shape[1]), x.new_empty(G, dtype=torch.int64)
     picked = x.new_empty(T, chosen, dtype=torch.int32)
@@ -32,10 +34,10 @@ def rank_lora_forward(
 
 def add_rank_lora(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, places: Tensor, scales: Tensor,
-    adapter_of: Tensor, chosen: int, active: int, isa: str = ISA,
+    adapter_of: Tensor, chosen: int, active: int, rows: int, ranks: int, isa: str = ISA,
 ) -> None:  # fmt: skip
     if x.dtype == torch.float64 or y.stride(1) != 1:
-        reference.add_rank_lora(y, x, a, b, router, bias, places, scales, adapter_of, chosen, active)
+        reference.add_rank_lora(y, x, a, b, router, bias, places, scales, adapter_of, chosen, active, rows, ranks)
     else:
         _call(y, None, x, a, b, router, bias, places, scales, adapter_of, chosen, active, isa)
 
@@ -55,10 +57,13 @@ def _call(
 
 def rank_lora_backward(
     grad: Tensor, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, places: Tensor, scales: Tensor,
-    adapter_of: Tensor, picked: Tensor, gates: Tensor, h: Tensor, isa: str = ISA,
+    adapter_of: Tensor, picked: Tensor, gates: Tensor, h: Tensor, rows: int, ranks: int,
+    isa: str = ISA,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if x.dtype == torch.float64:
-        return reference.rank_lora_backward(grad, x, a, b, router, bias, places, scales, adapter_of, picked, gates, h)
+        return reference.rank_lora_backward(
+            grad, x, a, b, router, bias, places, scales, adapter_of, picked, gates, h, rows, ranks
+        )
     found = [torch.zeros(t.shape) for t in (x, a, b, router)]
     for index, ((first, ranks, row, rows, chosen, gate), scale) in enumerate(
         zip(places.tolist(), scales.tolist(), strict=True)

@@ -15,6 +15,7 @@ Forward and backward are two ops; a torch.autograd.Function ties them together w
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -74,12 +75,16 @@ class Table(NamedTuple):
     scales   [A]    float32
     chosen   most blocks that a token of any of them picks
     active   most ranks that a token of any of them uses
+    rows     most blocks of any of them
+    ranks    most ranks of any of them
     """
 
     places: Tensor
     scales: Tensor
     chosen: int
     active: int
+    rows: int
+    ranks: int
 
 
 def table_of(adapters: Sequence[Adapter], device: torch.device | str = "cpu") -> Table:
@@ -89,6 +94,8 @@ def table_of(adapters: Sequence[Adapter], device: torch.device | str = "cpu") ->
         torch.tensor([a.scale for a in adapters], dtype=torch.float32, device=device),
         max((a.chosen for a in adapters), default=0),
         max((a.active for a in adapters), default=0),
+        max((a.rows for a in adapters), default=0),
+        max((a.ranks for a in adapters), default=0),
     )
 
 
@@ -113,10 +120,11 @@ def _wide(x: Tensor) -> torch.dtype:
 
 _forward = define(
     "rank_lora_forward(Tensor x, Tensor a, Tensor b, Tensor router, Tensor bias, Tensor places, Tensor scales, "
-    "Tensor adapter_of, int chosen, int active) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor adapter_of, int chosen, int active, int rows, int ranks) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.rank_lora_forward,
     cpu=cpu.rank_lora_forward,
-    fake=lambda x, a, b, router, bias, places, scales, adapter_of, chosen, active: (
+    cuda=lambda *arguments: import_module(".gpu", __package__).rank_lora_forward(*arguments),
+    fake=lambda x, a, b, router, bias, places, scales, adapter_of, chosen, active, rows, ranks: (
         x.new_empty(x.shape[0], b.shape[1]),
         x.new_empty(router.shape[0], dtype=torch.int64),
         x.new_empty(x.shape[0], chosen, dtype=torch.int32),
@@ -127,17 +135,20 @@ _forward = define(
 
 _add = define(
     "rank_lora_add(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor router, Tensor bias, Tensor places, "
-    "Tensor scales, Tensor adapter_of, int chosen, int active) -> ()",
+    "Tensor scales, Tensor adapter_of, int chosen, int active, int rows, int ranks) -> ()",
     reference=reference.add_rank_lora,
     cpu=cpu.add_rank_lora,
+    cuda=lambda *arguments: import_module(".gpu", __package__).add_rank_lora(*arguments),
     fake=lambda *arguments: None,
 )
 
 _backward = define(
     "rank_lora_backward(Tensor grad, Tensor x, Tensor a, Tensor b, Tensor router, Tensor bias, Tensor places, "
-    "Tensor scales, Tensor adapter_of, Tensor picked, Tensor gates, Tensor h) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor scales, Tensor adapter_of, Tensor picked, Tensor gates, Tensor h, int rows, int ranks) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.rank_lora_backward,
     cpu=cpu.rank_lora_backward,
+    cuda=lambda *arguments: import_module(".gpu", __package__).rank_lora_backward(*arguments),
     fake=lambda grad, x, a, b, router, *rest: tuple(t.new_empty(t.shape) for t in (x, a, b, router)),
 )
 
@@ -147,8 +158,9 @@ class _RankLora(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, table: Table, adapter_of: Tensor
     ) -> tuple[Tensor, ...]:
-        places, scales, chosen, active = table
-        y, counts, picked, gates, h = _forward(x, a, b, router, bias, places, scales, adapter_of, chosen, active)
+        places, scales, *sizes = table
+        y, counts, picked, gates, h = _forward(x, a, b, router, bias, places, scales, adapter_of, *sizes)
+        ctx.sizes = table.rows, table.ranks
         ctx.save_for_backward(x, a, b, router, bias, places, scales, adapter_of, picked, gates, h)
         ctx.mark_non_differentiable(counts, picked, gates)
         return y, counts, picked, gates
@@ -156,7 +168,7 @@ class _RankLora(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(grad.contiguous(), *ctx.saved_tensors), None, None, None)
+        return (*_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes), None, None, None)
 
 
 _differentiable: Callable[..., tuple[Tensor, ...]] = _RankLora.apply
@@ -205,7 +217,7 @@ def add_rank_lora(
     _check(x, a, b, router, bias, table, adapter_of)
     if y.shape != (x.shape[0], b.shape[1]) or y.dtype != x.dtype or y.device != x.device:
         raise ValueError(f"y must be [{x.shape[0]}, {b.shape[1]}] {x.dtype} on {x.device}, got {_what(y)}")
-    _add(y, x, a, b, router, bias, table.places, table.scales, adapter_of, table.chosen, table.active)
+    _add(y, x, a, b, router, bias, table.places, table.scales, adapter_of, *table[2:])
 
 
 def _check(x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, table: Table, adapter_of: Tensor) -> None:

@@ -41,7 +41,7 @@ def _branch(
 
 def rank_lora_forward(
     x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, places: Tensor, scales: Tensor, adapter_of: Tensor,
-    chosen: int, active: int,
+    chosen: int, active: int, rows: int, ranks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     T = len(x)
@@ -67,7 +67,7 @@ def add_rank_lora(y: Tensor, x: Tensor, *arguments: Any) -> None:
 
 def rank_lora_backward(
     grad: Tensor, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, places: Tensor, scales: Tensor,
-    adapter_of: Tensor, picked: Tensor, gates: Tensor, h: Tensor,
+    adapter_of: Tensor, picked: Tensor, gates: Tensor, h: Tensor, rows: int, ranks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx, da, db, drouter = found = tuple(torch.zeros_like(_wide(t)) for t in (x, a, b, router))
     for index, ((first, ranks, row, rows, chosen, gate), scale) in enumerate(
