@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import adapters
 import cases
 import torch
 from torch import Tensor
@@ -31,7 +32,10 @@ from anabranch.bench.report import Report, to_json, to_markdown
 from anabranch.bench.timing import Case, Roofs, Sample, check_agreement, interleave, timed
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("tests", "roof", "decode", "decode-wide", "prefill", "train", "tune-decode", "tune-prefill")
+PARTS = (
+    "tests", "roof", "decode", "decode-wide", "prefill", "train", "adapters", "adapters-train", "tune-decode",
+    "tune-prefill",
+)  # fmt: skip
 LIMIT_S = 540
 REPEATS = 30
 
@@ -77,7 +81,7 @@ def run_part(part: str, out: Path, *, dry: bool) -> int:
 
 def run_tests(*, dry: bool) -> int:
     """Tests of the Triton kernels, which take the GPU when there is one, and whatever else is marked gpu."""
-    kernels = [f"tests/kernels/test_{op}_gpu.py" for op in ("paged_attention", "attention")]
+    kernels = [f"tests/kernels/test_{op}_gpu.py" for op in ("paged_attention", "attention", "rank_lora")]
     others = [f"--ignore={path}" for path in kernels]
     failed = 0
     how = ["--collect-only"] if dry else ["-n", "8"]  # most of the time goes into compiling
@@ -169,7 +173,7 @@ def measure_part(part: str, out: Path, *, dry: bool) -> int:
     bench = cases.Bench(
         device=device_of(dry),
         dtype=torch.float32 if dry else torch.bfloat16,
-        wrap=(lambda step: step) if dry or part == "train" else graphed,
+        wrap=(lambda step: step) if dry or part.endswith("train") else graphed,
         compile=(lambda function: function) if dry else torch.compile,
     )
     roof = roofs(dry=dry)
@@ -211,6 +215,11 @@ def planned_cases(part: str, bench: cases.Bench, *, dry: bool) -> Iterator[Case]
             yield cases.prefill(bench, tiny, 1, 48)
         elif part == "train":
             yield cases.train(bench, tiny, 1, 24)
+        elif part == "adapters":
+            yield adapters.decode(bench, 3, 2, width=32, ranks=16, chosen=4, copies=2)
+            yield adapters.plain(bench, 3, (8, 16), width=32, copies=2)
+        elif part == "adapters-train":
+            yield adapters.train(bench, 20, width=32, ranks=16, chosen=4)
         else:
             yield cases.decode(bench, tiny, 2, 40, 1)
         return
@@ -233,6 +242,15 @@ def planned_cases(part: str, bench: cases.Bench, *, dry: bool) -> Iterator[Case]
     if part == "train":
         for shape, B, tokens in ((sigma_1b, 8, 2048), (sigma_10b, 4, 4096)):
             yield cases.train(bench, shape, B, tokens)
+    if part == "adapters":
+        for T, many in itertools.product((1, 4, 16, 64), (1, 4, 16, 64)):
+            if many <= T:
+                yield adapters.decode(bench, T, many, width=4096, ranks=64, chosen=8, copies=64 // many)
+        for T in (16, 64, 2048):
+            yield adapters.plain(bench, T, (8, 16, 32, 64, 128) * 6 + (8, 128), width=4096, copies=4)
+    if part == "adapters-train":
+        for T in (2048, 8192):
+            yield adapters.train(bench, T, width=4096, ranks=64, chosen=8)
 
 
 def tune(part: str, out: Path, *, dry: bool) -> int:
