@@ -1,4 +1,4 @@
-"""`anabranch bench attention|linear|engine|serve`: measure, print the table, write what was asked for."""
+"""`anabranch bench attention|linear|rank-lora|engine|serve`: measure, print the table, write what was asked for."""
 
 import argparse
 from pathlib import Path
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(title="benchmarks", dest="kind", metavar="KIND", required=True)
     _add_attention(_add_kind(kinds, "attention", "decode and prefill of unequal heads beside the GQA twin and torch"))
     _add_linear(_add_kind(kinds, "linear", "skinny_linear beside torch's linear"))
+    _add_rank_lora(_add_kind(kinds, "rank-lora", "adapters with routed ranks, and many adapters at once, beside torch"))
     _add_engine(_add_kind(kinds, "engine", "a 315M-parameter Llama beside transformers and llama.cpp"))
     _add_serve(_add_kind(kinds, "serve", "the HTTP server under load beside the engine without it", plot=False))
 
@@ -92,6 +93,15 @@ def _add_linear(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_rank_lora(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  anabranch bench rank-lora
+  anabranch bench rank-lora --rows 1 32 --dtypes float32 --threads 1
+"""
+    parser.add_argument("--rows", type=int, nargs="+", help="tokens (default: 1 to 64)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="(%(default)s)")
+
+
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """examples:
   anabranch bench engine                     random weights, 512 tokens of context, batches of 1 and 8
@@ -126,6 +136,8 @@ def _measure(args: argparse.Namespace) -> "Report":
         roofs = Roofs(read=read, flops=best_flops(size=64 if args.quick else 1024))
         if args.kind == "attention":
             return _attention(args, roofs)
+        if args.kind == "rank-lora":
+            return _rank_lora(args, roofs)
         return _linear(args, roofs) if args.kind == "linear" else _engine(args, roofs)
     finally:
         torch.set_num_threads(before)
@@ -168,6 +180,29 @@ def _linear(args: argparse.Namespace, roofs: "Roofs") -> "Report":
                 samples += measure(case, roofs, repeats=args.repeats)
     title = "A weight [out, in] times M rows"
     return Report(title=title, machine=machine.describe(), samples=tuple(samples))
+
+
+def _rank_lora(args: argparse.Namespace, roofs: "Roofs") -> "Report":
+    import torch
+
+    from anabranch.bench import machine, rank_lora
+    from anabranch.bench.report import Report
+    from anabranch.bench.timing import measure
+
+    width, ranks, each, copies = (64, 16, 4, 2) if args.quick else (4096, 64, 16, 8)
+    samples, absent = [], []
+    for name in args.dtypes:
+        dtype = getattr(torch, name)
+        for T in args.rows or rank_lora.ROWS:
+            case = rank_lora.one_adapter(T, width=width, ranks=ranks, chosen=ranks // 8, dtype=dtype, copies=copies)
+            samples += measure(case, roofs, repeats=args.repeats)
+        case, missing = rank_lora.many_adapters(
+            32, width=width, ranks=each, adapters=16, dtype=dtype, copies=copies // 2
+        )
+        samples += measure(case, roofs, repeats=args.repeats)
+        absent += missing
+    title = "Adapters of one layer: SMoRA, and 16 LoRAs in one batch"
+    return Report(title=title, machine=machine.describe(), samples=tuple(samples), absent=tuple(dict.fromkeys(absent)))
 
 
 def _engine(args: argparse.Namespace, roofs: "Roofs") -> "Report":

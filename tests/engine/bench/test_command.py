@@ -8,7 +8,15 @@ import torch
 from anabranch.cli import main
 
 
-@pytest.mark.parametrize("kind", [["attention"], ["linear", "--rows", "1", "3"], ["engine", "--peers", "transformers"]])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ["attention"],
+        ["linear", "--rows", "1", "3"],
+        ["rank-lora", "--rows", "1", "3"],
+        ["engine", "--peers", "transformers"],
+    ],
+)
 def test_a_quick_run_prints_a_table_and_writes_files(kind, tmp_path, capsys):
     files = {name: tmp_path / f"table.{name}" for name in ("json", "markdown", "plot")}
     options = [part for name, path in files.items() for part in (f"--{name}", str(path))]
