@@ -12,6 +12,7 @@
 #include "isa.h"
 #include "paged_attention.h"
 #include "parallel.h"
+#include "rank_lora.h"
 #include "skinny_linear.h"
 #include "views.h"
 
@@ -116,6 +117,48 @@ bool coordinates(const Rows3& points, uintptr_t out, int rule, int f, int B, int
   return coordinate_rule(c, chosen, threads);
 }
 
+using Rows = std::array<int64_t, 4>;  // {address, type, stride of rows, width}
+
+RowTable table_of(const Rows& rows) {
+  return {pointer<void>(rows[0]), static_cast<Type>(rows[1]), rows[2], static_cast<int>(rows[3])};
+}
+
+void adapters(const Rows& x, const Rows& a, const Rows& b, const Rows& router, uintptr_t bias, uintptr_t places,
+              uintptr_t scales, uintptr_t adapter_of, const std::array<int64_t, 6>& out,
+              const std::array<int, 6>& sizes, bool add, const std::string& isa, int threads) {
+  RankLoraCall c{};
+  c.x = table_of(x), c.a = table_of(a), c.b = table_of(b), c.router = table_of(router);
+  c.bias = pointer<float>(bias), c.places = pointer<AdapterPlace>(places), c.scales = pointer<float>(scales);
+  c.adapter_of = pointer<int32_t>(adapter_of);
+  c.y = pointer<void>(out[0]), c.y_row = out[1], c.counts = pointer<int64_t>(out[2]);
+  c.picked = pointer<int32_t>(out[3]), c.gates = pointer<float>(out[4]), c.h = pointer<float>(out[5]);
+  c.T = sizes[0], c.adapters = sizes[1], c.ranks = sizes[2], c.groups = sizes[3], c.chosen = sizes[4];
+  c.active = sizes[5], c.add = add;
+  const Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  const std::string wrong = rank_lora(c, chosen, threads);
+  py::gil_scoped_acquire acquire;
+  raise_if(wrong);
+}
+
+RowLists lists_of(const Rows& rows, uintptr_t offsets, uintptr_t index, int lists) {
+  return {table_of(rows), pointer<int64_t>(offsets), pointer<int32_t>(index), lists};
+}
+
+void dots(const Rows& rows, uintptr_t offsets, uintptr_t index, int lists, const Rows& x, uintptr_t to,
+          const std::string& isa, int threads) {
+  const Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  listed_dots(lists_of(rows, offsets, index, lists), table_of(x), pointer<float>(to), chosen, threads);
+}
+
+void sums(const Rows& rows, uintptr_t offsets, uintptr_t index, int lists, uintptr_t factors, uintptr_t y,
+          const std::string& isa, int threads) {
+  const Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  listed_sums(lists_of(rows, offsets, index, lists), pointer<float>(factors), pointer<float>(y), chosen, threads);
+}
+
 float read_memory(uintptr_t data, int64_t bytes, const std::string& isa, int threads) {
   const Kernels& kernels = kernels_for(isa_of(isa));
   py::gil_scoped_release release;
@@ -143,6 +186,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("centred_gram", &gram);
   m.def("combine", &sum_of_rows);
   m.def("coordinate_rule", &coordinates);
+  m.def("rank_lora", &adapters);
+  m.def("listed_dots", &dots);
+  m.def("listed_sums", &sums);
   m.def("read_memory", &read_memory);
   bind_field_coding(m);
 }

@@ -25,6 +25,8 @@ struct Addend;
 struct CoordinateCall;
 struct CoordinatePlan;
 struct Exchange;
+struct RowTable;
+struct AdapterPlace;
 
 // One row of function pointers for each instruction set. Scratch memory comes from the caller, 64-byte aligned.
 struct Kernels {
@@ -41,6 +43,11 @@ struct Kernels {
   CoordinatePlan (*coordinate_plan)(const CoordinateCall&);  // this and the next up to AVX-512; null above
   bool (*coordinates)(const CoordinateCall&, int b, int64_t begin, int64_t end, const Exchange*, int64_t exchanges,
                       float* scratch);
+  void (*row_dots)(const RowTable&, const int32_t* index, int64_t index_row, int first, int count, const RowTable& x,
+                   const int* token, int tokens, float* to, int64_t to_row);
+  void (*row_sums)(const RowTable&, const int32_t* index, int first, const float* factors, int count, int begin, int end,
+                   void* y, Type y_type, bool add);
+  void (*route)(float* scores, const float* bias, const AdapterPlace&, int32_t* picked, float* gates);
   float (*read)(const void* data, int64_t bytes);
 };
 

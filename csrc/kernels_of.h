@@ -7,6 +7,7 @@
 #include "gram_tiles.h"
 #include "linear_kernel.h"
 #include "linear_tiles.h"
+#include "rank_lora_kernel.h"
 
 namespace anabranch {
 
@@ -99,6 +100,16 @@ constexpr Kernels kernels_of() {
       },
       coordinate_plan_of<S>(),
       coordinates_of<S>(),
+      RankLoraKernel<S>::dots,
+      [](const RowTable& table, const int32_t* index, int first, const float* factors, int count, int begin, int end,
+         void* y, Type y_type, bool add) {
+        with_type(y_type, [&](auto* type) {
+          using Y = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+          if constexpr (sizeof(Y) > 1)
+            RankLoraKernel<S>::sums(table, index, first, factors, count, begin, end, static_cast<Y*>(y), add);
+        });
+      },
+      RankLoraKernel<S>::route,
       read_all<S>,
   };
 }

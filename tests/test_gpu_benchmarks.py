@@ -16,7 +16,7 @@ def run(root, monkeypatch):
     """benchmarks/gpu/run.py as a module, its neighbours importable as they are for the script."""
     monkeypatch.syspath_prepend(str(root / "benchmarks" / "gpu"))
     yield import_module("run")
-    for name in ("run", "cases", "tuning"):
+    for name in ("run", "cases", "adapters", "tuning"):
         sys.modules.pop(name, None)
 
 
@@ -52,6 +52,20 @@ def test_medians_agree_with_their_peers(run, tmp_path):
     table = json.loads((tmp_path / "gpu-median.json").read_text())
     assert {sample["case"].split()[0] for sample in table["samples"]} == {"gram", "combine", "median"}
     assert {"anabranch", "torch 10 steps", "torch float32"} <= {sample["contender"] for sample in table["samples"]}
+
+
+@pytest.mark.parametrize(
+    ("part", "peers"),
+    [
+        ("adapters", {"torch, dense and mask", "torch, gathered", "torch, loop over adapters"}),
+        ("adapters-train", {"torch, dense and mask", "torch, LoRA of all ranks without routing"}),
+    ],
+)
+def test_adapters_agree_with_torch(run, part, peers, tmp_path):
+    assert run.run_part(part, tmp_path, dry=True) == 0
+    table = json.loads((tmp_path / f"gpu-{part}.json").read_text())
+    assert {"anabranch"} | peers <= {sample["contender"] for sample in table["samples"]}
+    assert table["absent"] == []
 
 
 def test_roofs_are_positive(run, tmp_path):

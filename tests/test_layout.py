@@ -56,7 +56,7 @@ def family(module: str) -> str:
 
 def allowed_in_engine(source: str, target: str) -> bool:
     """May the engine's folder `source` import the engine's folder `target`?"""
-    if source in ("", "cli", "__init__") or target in (source, "", "version"):
+    if source in ("", "cli", "__init__", "__main__") or target in (source, "", "version"):
         return True
     if source == "bench" and target in PUBLIC:
         return True

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import adapters
 import cases
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ PARTS = (
     "coordinate-rules",
     "field",
     "median",
+    "adapters",
+    "adapters-train",
     "tune-decode",
     "tune-prefill",
     "tune-gram",
@@ -91,7 +94,7 @@ def run_part(part: str, out: Path, *, dry: bool) -> int:
 
 def run_tests(*, dry: bool) -> int:
     """Tests of the Triton kernels, which take the GPU when there is one, and whatever else is marked gpu."""
-    ops = ("paged_attention", "attention", "coordinate_rules", "field_coding", "geometric_median")
+    ops = ("paged_attention", "attention", "coordinate_rules", "field_coding", "geometric_median", "rank_lora")
     kernels = [f"tests/kernels/test_{op}_gpu.py" for op in ops]
     others = [f"--ignore={path}" for path in kernels]
     failed = 0
@@ -184,7 +187,7 @@ def measure_part(part: str, out: Path, *, dry: bool) -> int:
     bench = cases.Bench(
         device=device_of(dry),
         dtype=torch.float32 if dry else torch.bfloat16,
-        wrap=(lambda step: step) if dry or part in ("train", "median") else graphed,
+        wrap=(lambda step: step) if dry or part.endswith("train") or part == "median" else graphed,
         compile=(lambda function: function) if dry else torch.compile,
     )
     roof = roofs(dry=dry)
@@ -233,6 +236,11 @@ def planned_cases(part: str, bench: cases.Bench, *, dry: bool) -> Iterator[Case]
             yield cases.field_product(bench, "project", BABYBEAR, 3, 1200, 2)
         elif part == "median":
             yield from cases.medians(bench, 2, 5, 40, torch.float32)
+        elif part == "adapters":
+            yield adapters.decode(bench, 3, 2, width=32, ranks=16, chosen=4, copies=2)
+            yield adapters.plain(bench, 3, (8, 16), width=32, copies=2)
+        elif part == "adapters-train":
+            yield adapters.train(bench, 20, width=32, ranks=16, chosen=4)
         else:
             yield cases.decode(bench, tiny, 2, 40, 1)
         return
@@ -270,6 +278,15 @@ def planned_cases(part: str, bench: cases.Bench, *, dry: bool) -> Iterator[Case]
     if part == "median":
         for dtype, (B, D) in itertools.product((torch.float32, torch.bfloat16), ((1, 10**8), (64, 65536))):
             yield from cases.medians(bench, B, 32, D, dtype)
+    if part == "adapters":
+        for T, many in itertools.product((1, 4, 16, 64), (1, 4, 16, 64)):
+            if many <= T:
+                yield adapters.decode(bench, T, many, width=4096, ranks=64, chosen=8, copies=64 // many)
+        for T in (16, 64, 2048):
+            yield adapters.plain(bench, T, (8, 16, 32, 64, 128) * 6 + (8, 128), width=4096, copies=4)
+    if part == "adapters-train":
+        for T in (2048, 8192):
+            yield adapters.train(bench, T, width=4096, ranks=64, chosen=8)
 
 
 def tune(part: str, out: Path, *, dry: bool) -> int:

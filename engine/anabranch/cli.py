@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from anabranch.adapters import tune_command as tune
 from anabranch.aggregate import command as aggregate
 from anabranch.aggregate.secure import command as secagg
 from anabranch.bench import command as bench
@@ -24,6 +25,7 @@ EXAMPLES = """examples:
   anabranch generate ./Llama-3.2-1B --prompt "Once upon a time" --max-tokens 200
   anabranch serve ./Qwen3-0.6B --port 8080
   anabranch train-lm --help                        train a small DiffQKV model on text files
+  anabranch tune --help                            LoRA, SMoRA or TriAdaptLoRA on instructions
   anabranch convert --help                         fewer K heads for a Llama, Mistral or Qwen2 checkpoint
   anabranch aggregate --help                       robust rules over many clients' safetensors files
   anabranch bench attention --quick                kernels against torch and this machine's bandwidth
@@ -33,6 +35,7 @@ COMMANDS = (
     ("generate", "stream text from a model folder and say how fast it was", generate),
     ("serve", "answer OpenAI's HTTP API over a model folder", serve),
     ("train-lm", "train a small byte-level DiffQKV model on text files", train_lm),
+    ("tune", "train low-rank adapters of a model on a JSONL file", tune),
     ("convert", "merge the K heads of a checkpoint, measure what it costs and heal it", convert),
     ("aggregate", "one safetensors file from many clients' by a robust rule", aggregate),
     ("secagg", "try out secure, verifiable sums of vectors", secagg),

@@ -81,6 +81,41 @@ def coordinate_rule(
     isa: str,
     threads: int,
 ) -> bool: ...
+def rank_lora(
+    x: tuple[int, ...],
+    a: tuple[int, ...],
+    b: tuple[int, ...],
+    router: tuple[int, ...],
+    bias: int,
+    places: int,
+    scales: int,
+    adapter_of: int,
+    out: tuple[int, ...],
+    sizes: tuple[int, ...],
+    add: bool,
+    isa: str,
+    threads: int,
+) -> None: ...
+def listed_dots(
+    rows: tuple[int, ...],
+    offsets: int,
+    index: int,
+    lists: int,
+    x: tuple[int, ...],
+    to: int,
+    isa: str,
+    threads: int,
+) -> None: ...
+def listed_sums(
+    rows: tuple[int, ...],
+    offsets: int,
+    index: int,
+    lists: int,
+    factors: int,
+    y: int,
+    isa: str,
+    threads: int,
+) -> None: ...
 def read_memory(data: int, bytes: int, isa: str, threads: int) -> float: ...
 def supported_field_isas() -> list[str]: ...
 def field_multiply(

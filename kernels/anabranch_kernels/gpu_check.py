@@ -29,7 +29,7 @@ from .launch import Plan
 SHARED_BYTES = 227 * 1024  # what one program may have on sm_90; a multiprocessor has 228 KiB
 REGISTERS = 65536
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8"}
-# Arguments of all kernels that are not tensors of a case's own dtypes. Strides are multiples of 16 in every case.
+# Arguments of all kernels that are not tensors of a case's own dtypes. Strides and width are multiples of 16.
 FIXED: dict[str, str | None] = {
     **dict.fromkeys(("page_table", "seq_lens", "cu_seqlens_q"), "*i32"),
     **dict.fromkeys(("slots", "chosen"), "*i64"),
@@ -41,7 +41,9 @@ FIXED: dict[str, str | None] = {
     "found_nan": "*i32",
     "D": "i64",
 }
-STRIDE = re.compile(r"(q|k|v|g|table|score|points|centre|x|matrix)_(batch|token|head|page|slot|row|column)")
+STRIDE = re.compile(
+    r"(q|k|v|g|table|score|points|centre|x|y|a|b|router|matrix)_(batch|token|head|page|slot|row|column)|width"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +144,7 @@ def cases() -> Iterator[Case]:
     yield from _coordinate_cases()
     yield from _field_cases()
     yield from _median_cases()
+    yield from _rank_lora_cases()
 
 
 def _paged_cases() -> Iterator[Case]:
@@ -295,6 +298,48 @@ def _median_cases() -> Iterator[Case]:
     yield case("sum", "N=32", gpu.sum_plan(32))
     for N in (16, 32, 64, 128):
         yield case("solve", f"N={N}", gpu_solve.plan(N), module="gpu_solve")
+
+
+def _rank_lora_cases() -> Iterator[Case]:
+    from .rank_lora import gpu_backward, gpu_expand, gpu_shrink
+
+    fixed: dict[str, str | None] = {
+        **dict.fromkeys(("places", "adapter_of", "starts", "picked"), "*i32"), "order": "*i64", "counts": "*i64",
+        **dict.fromkeys(("bias", "scales", "gates", "h", "dv", "logits"), "*fp32"),
+        **dict.fromkeys(("adapters", "router_rows", "rank_rows"), "i32"),
+    }  # fmt: skip
+    own = ("x", "a", "b", "router", "y", "factors", "backward", "forward", "drouter", "da")
+    D, A = 4096, 64
+    # Rows of the widest router and of A: SMoRA of 64 ranks, LoRA of 64 and 256; the most that each kernel is for.
+    for GW, RW, chosen, active, dtype in (
+        (64, 64, 8, 8, BF16), (64, 64, 8, 8, F32), (0, 64, 0, 64, F16), (0, 256, 0, 256, BF16),
+        (128, 128, 8, 8, BF16), (1024, 1024, 16, 16, BF16),
+    ):  # fmt: skip
+        sizes = GW, RW, chosen, active
+        decode = gpu_shrink.plan(16, D, A, *sizes, few=True, routed=False, kept=False, aligned=True)
+        plans = {
+            "shrink few": decode,
+            "expand": gpu_expand.expand_plan(-(-D // decode.constants["PART"]), *sizes, add=True),
+            "expand kept": gpu_expand.expand_plan(1, *sizes, add=False),
+            "sums": gpu_expand.sums_plan(8192, A, GW, RW, dtype, add=False, aligned=True),
+            "gates": gpu_backward.gates_plan(*sizes),
+            "weights": gpu_backward.weights_plan(GW, RW, dtype),
+        }
+        if GW + RW <= gpu_shrink.FUSED:
+            for T in (1024, 8192):
+                plans[f"shrink and route T={T}"] = gpu_shrink.plan(
+                    T, D, A, *sizes, few=False, routed=True, kept=True, aligned=True
+                )
+        for name, plan in plans.items():
+            kernel = name.split()[0]
+            module = {"shrink": "gpu_shrink", "expand": "gpu_expand", "sums": "gpu_expand"}.get(kernel, "gpu_backward")
+            yield Case(
+                name=f"adapters {name} {GW}+{RW} of {chosen} {_name(dtype)}",
+                module=f"anabranch_kernels.rank_lora.{module}",
+                kernel=f"{kernel}_kernel",
+                plan=plan,
+                types=fixed | dict.fromkeys(own, POINTERS[dtype]),
+            )
 
 
 def kind_of(argument: str, case: Case) -> str | None:

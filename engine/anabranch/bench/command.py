@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_median(
         _add_kind(kinds, "geometric-median", "the geometric median beside torch and other libraries", plot=False)
     )
+    _add_rank_lora(_add_kind(kinds, "rank-lora", "adapters with routed ranks, and many adapters at once, beside torch"))
     _add_engine(_add_kind(kinds, "engine", "a 315M-parameter Llama beside transformers and llama.cpp"))
     fields = _add_kind(kinds, "field-coding", "secret sharing over finite fields beside NumPy and galois", plot=False)
     fields.epilog = "examples:\n  anabranch bench field-coding --threads 1 --repeats 7 --markdown field_coding.md\n"
@@ -154,6 +155,15 @@ def _add_median(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-peers", action="store_true", help="leave out geom-median and byzfl")
 
 
+def _add_rank_lora(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  anabranch bench rank-lora
+  anabranch bench rank-lora --rows 1 32 --dtypes float32 --threads 1
+"""
+    parser.add_argument("--rows", type=int, nargs="+", help="tokens (default: 1 to 64)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="(%(default)s)")
+
+
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """examples:
   anabranch bench engine                     random weights, 512 tokens of context, batches of 1 and 8
@@ -199,6 +209,8 @@ def _measure(args: argparse.Namespace) -> "Report":
             return _attention(args, roofs)
         if args.kind == "coordinate-rules":
             return _coordinate_rules(args, roofs)
+        if args.kind == "rank-lora":
+            return _rank_lora(args, roofs)
         return _linear(args, roofs) if args.kind == "linear" else _engine(args, roofs)
     finally:
         torch.set_num_threads(before)
@@ -301,6 +313,29 @@ def _median(args: argparse.Namespace) -> "MedianReport":
         )  # fmt: skip
     finally:
         torch.set_num_threads(before)
+
+
+def _rank_lora(args: argparse.Namespace, roofs: "Roofs") -> "Report":
+    import torch
+
+    from anabranch.bench import machine, rank_lora
+    from anabranch.bench.report import Report
+    from anabranch.bench.timing import measure
+
+    width, ranks, each, copies = (64, 16, 4, 2) if args.quick else (4096, 64, 16, 8)
+    samples, absent = [], []
+    for name in args.dtypes:
+        dtype = getattr(torch, name)
+        for T in args.rows or rank_lora.ROWS:
+            case = rank_lora.one_adapter(T, width=width, ranks=ranks, chosen=ranks // 8, dtype=dtype, copies=copies)
+            samples += measure(case, roofs, repeats=args.repeats)
+        case, missing = rank_lora.many_adapters(
+            32, width=width, ranks=each, adapters=16, dtype=dtype, copies=copies // 2
+        )
+        samples += measure(case, roofs, repeats=args.repeats)
+        absent += missing
+    title = "Adapters of one layer: SMoRA, and 16 LoRAs in one batch"
+    return Report(title=title, machine=machine.describe(), samples=tuple(samples), absent=tuple(dict.fromkeys(absent)))
 
 
 def _engine(args: argparse.Namespace, roofs: "Roofs") -> "Report":

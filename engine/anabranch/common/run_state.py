@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one safetensors file of weights and AdamW moments, and a JSON file that names it.
+"""Checkpoints of a run: one safetensors file of weights, buffers and AdamW moments, and a JSON file that names it.
 
 The tensors are written first and the JSON replaced last, so whenever the machine stops, the JSON names a whole file.
 """
@@ -50,9 +50,8 @@ def save(out: Path, model: nn.Module, optimiser: torch.optim.Optimizer, progress
     folder = out / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     name = f"step-{progress.step:08d}.safetensors"
-    tensors = {}
+    tensors = {f"weight.{key}": x for key, x in model.state_dict().items()}
     for key, parameter in model.named_parameters():
-        tensors[f"weight.{key}"] = parameter
         for moment, value in optimiser.state[parameter].items():
             tensors[f"{moment}.{key}"] = value
     write_safetensors(folder / name, tensors)
@@ -74,16 +73,15 @@ def restore(out: Path, model: nn.Module, optimiser: torch.optim.Optimizer, fresh
     tensors = load_file(folder / saved.pop("tensors"))
     progress = Progress(**saved)
     _check_same_run(progress, fresh)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"weight.{key}"])
-            ending = f".{key}"
-            moments = {name.removesuffix(ending): x for name, x in tensors.items() if name.endswith(ending)}
-            optimiser.state[parameter] = {
-                name: x if name == "step" else x.to(parameter.device)
-                for name, x in moments.items()
-                if name in ("step", "exp_avg", "exp_avg_sq")
-            }
+    model.load_state_dict({key: tensors[f"weight.{key}"] for key in model.state_dict()})
+    for key, parameter in model.named_parameters():
+        ending = f".{key}"
+        moments = {name.removesuffix(ending): x for name, x in tensors.items() if name.endswith(ending)}
+        optimiser.state[parameter] = {
+            name: x if name == "step" else x.to(parameter.device)
+            for name, x in moments.items()
+            if name in ("step", "exp_avg", "exp_avg_sq")
+        }
     if progress.recipe["steps"] != fresh.recipe["steps"]:
         progress.schedules.append([progress.step, fresh.recipe["steps"]])
         progress.recipe = fresh.recipe

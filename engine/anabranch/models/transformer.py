@@ -5,7 +5,7 @@ that training (dense sequences) and serving (paged caches) run the same code.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, Self
 
@@ -45,6 +45,17 @@ class DenseAttend:
             raise ValueError(f"T must be a multiple of the batch {self.batch}, got {q.shape[0]} tokens")
         q, k, v = (x.unflatten(0, (self.batch, -1)) for x in (q, k, v))
         return attention(q, k, v, window=window).flatten(0, 1)
+
+
+class PackedAttend:
+    """Attention within pieces that lie one after another, nothing cached and gradients kept: for packed examples."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        pieces = zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([attention(q[None], k[None], v[None], window=window)[0] for q, k, v in pieces])
 
 
 class Block(nn.Module):

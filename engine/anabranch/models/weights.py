@@ -71,6 +71,22 @@ def save_model(model: Transformer, folder: str | Path) -> None:
     write_json(folder / "config.json", {**model.config.to_json(), "torch_dtype": str(model.embed.dtype).split(".")[1]})
 
 
+def projections(model: Transformer) -> dict[str, tuple[str, slice]]:
+    """The published name of every projection -> the fused matrix that holds it, by its name in the model, and its rows.
+
+    Of a whole model; its linear layers are then `model.layers.0.self_attn.q_proj` and so on, as everybody knows them.
+    """
+    modules = {module.weight.data_ptr(): name for name, module in model.named_modules() if isinstance(module, Linear)}
+    found = {}
+    for name, place in _places(model).items():
+        view = place.view
+        start = view.untyped_storage().data_ptr()
+        if name.endswith("_proj.weight"):
+            row = (view.data_ptr() - start) // (view.stride(0) * view.element_size())
+            found[name.removesuffix(".weight")] = (modules[start], slice(row, row + len(view)))
+    return found
+
+
 def _places(model: Transformer) -> dict[str, Place]:
     """The published name of every tensor and the part of the model that holds it."""
     places = {EMBED: Place(model.embed.data), "model.norm.weight": Place(model.norm.data)}

@@ -14,6 +14,7 @@ from anabranch.cli import main
         ["attention"],
         ["linear", "--rows", "1", "3"],
         ["coordinate-rules", "--rows", "4", "5"],
+        ["rank-lora", "--rows", "1", "3"],
         ["engine", "--peers", "transformers"],
     ],
     ids=lambda kind: kind[0],

@@ -1,0 +1,157 @@
+"""Adapters on disk: PEFT reads ours and we read PEFT's; every kind comes back as it was."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from anabranch.adapters.attach import attach
+from anabranch.adapters.files import load_adapters, save_adapters
+from anabranch.adapters.rank_lora import RankLora, RankLoraSettings
+from anabranch.adapters.triadapt import TriAdapt, TriAdaptSettings
+from anabranch.models.transformer import DenseAttend
+from anabranch.models.weights import load_model
+
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).eval()  # fmt: skip
+
+
+def randomise(adapted):
+    with torch.no_grad():
+        for adapter in adapted.values():
+            adapter.b.normal_(std=0.1)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pefts_adapters_are_computed_as_by_peft(tmp_path, rslora):
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], use_rslora=rslora, init_lora_weights=False,
+        alpha_pattern={"layers.1.self_attn.q_proj": 3},
+    )  # fmt: skip
+    theirs = peft.get_peft_model(llama(), config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = llama()
+    assert len(load_adapters(ours, tmp_path)) == 4
+    assert (logits(ours) - logits(theirs)).abs().max() < 1e-6
+
+
+def test_peft_computes_ours(tmp_path):
+    ours = llama()
+    settings = RankLoraSettings(ranks=4, alpha=6.0)
+    adapted = attach(ours, lambda name, i, o: RankLora(i, o, settings), targets=["q_proj", "v_proj"])
+    randomise(adapted)
+    save_adapters(tmp_path, adapted, base_model="somebody/llama")
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert (logits(ours) - logits(theirs)).abs().max() < 1e-6
+
+
+KINDS = {
+    "lora": (RankLora, RankLoraSettings(ranks=4)),
+    "smora": (RankLora, RankLoraSettings(ranks=8, chosen=2, balance=0.5)),
+    "experts": (RankLora, RankLoraSettings(ranks=8, block=4, chosen=1, gate="softmax_topk")),
+    "triadapt": (TriAdapt, TriAdaptSettings(steps=10, reference=4)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_comes_back_as_it_was(tmp_path, kind):
+    make, settings = KINDS[kind]
+    ours = llama()
+    adapted = attach(ours, lambda name, i, o: make(i, o, settings), targets=["q_proj", "up_proj"])
+    if kind == "triadapt":
+        adapted["model.layers.1.mlp.up_proj"].grow(5)
+    else:
+        next(iter(adapted.values())).bias.add_(0.1)
+    randomise(adapted)
+    save_adapters(tmp_path, adapted)
+    again = llama()
+    loaded = load_adapters(again, tmp_path)
+    assert list(loaded) == list(adapted)
+    assert torch.equal(logits(again), logits(ours))
+    assert all(adapter.settings == settings for adapter in loaded.values())
+
+
+def test_weights_take_the_dtype_of_their_layer(tmp_path):
+    ours = llama()
+    settings = RankLoraSettings(ranks=4)
+    adapted = attach(ours, lambda name, i, o: RankLora(i, o, settings), targets=["q_proj"])
+    randomise(adapted)
+    save_adapters(tmp_path, adapted)
+    half = llama().bfloat16()
+    load_adapters(half, tmp_path)
+    # bfloat16 keeps 8 bits: logits of size one differ by a few 2^-9 after two layers.
+    assert_close(logits(half).float(), logits(ours), rtol=0.05, atol=0.05)
+
+
+def break_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def drop_a_tensor(folder):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def other_tensor(folder):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({**tensors, "base_model.model.head.weight": torch.zeros(2)}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: break_config(f, use_dora=True), "use_dora"),
+        (lambda f: break_config(f, bias="all"), "bias"),
+        (lambda f: break_config(f, peft_type="IA3"), "peft_type must be LORA, RANK_LORA, TRIADAPT, got 'ia3'"),
+        (drop_a_tensor, "only one of lora_A and lora_B"),
+        (other_tensor, "is not the A or B"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+        (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config.json"),
+    ],
+)
+def test_folders_that_cannot_be_are_refused_and_the_model_is_left_alone(tmp_path, spoil, message):
+    ours = llama()
+    settings = RankLoraSettings(ranks=4)
+    save_adapters(tmp_path, attach(ours, lambda name, i, o: RankLora(i, o, settings), targets=["q_proj"]))
+    spoil(tmp_path)
+    model = llama()
+    before = logits(model)
+    with pytest.raises(ValueError, match=message):
+        load_adapters(model, tmp_path)
+    assert torch.equal(logits(model), before)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_our_own_model_computes_pefts_adapters_as_peft_does(tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
+    theirs = peft.get_peft_model(llama(), config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    llama().save_pretrained(tmp_path / "model")
+    ours = load_model(tmp_path / "model")
+    assert len(load_adapters(ours, tmp_path / "adapter")) == 14
+    with torch.no_grad():
+        rows = ours.logits(ours(TOKENS.flatten(), torch.arange(6).repeat(2), DenseAttend(2)))
+    assert_close(rows, logits(theirs).flatten(0, 1), rtol=1e-5, atol=1e-5)
+    save_adapters(tmp_path / "again", load_adapters(load_model(tmp_path / "model"), tmp_path / "adapter"))
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
+    assert (logits(again) - logits(theirs)).abs().max() < 1e-6

@@ -1,0 +1,69 @@
+"""Packed rows: every token of every example once an epoch, nothing across examples, the same from the same seed."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.data.instructions import Example
+from anabranch.data.packing import IGNORED, Packs
+
+
+def example(first, length, learnt_from=1):
+    return Example([first + k for k in range(length)], [k >= learnt_from for k in range(length)])
+
+
+def pieces(batch):
+    """(inputs, targets, positions) of every segment that is no padding."""
+    for row, lengths in enumerate(batch.segments):
+        at = 0
+        for length in lengths:
+            part = slice(at, at + length)
+            found = batch.inputs[row, part], batch.targets[row, part], batch.positions[row, part]
+            if (found[1] != IGNORED).any():
+                yield tuple(x.tolist() for x in found)
+            at += length
+        assert at == batch.inputs.shape[1]
+
+
+@given(st.lists(st.integers(2, 17), min_size=1, max_size=12), st.integers(0, 3))
+def test_an_epoch_holds_every_example_once_and_whole(lengths, seed):
+    examples = [example(100 * index, length) for index, length in enumerate(lengths)]
+    packs = Packs(examples, context=16, batch=1, seed=seed)
+    found = [piece for step in range(packs.rows(0)) for piece in pieces(packs.at(step))]
+    wanted = [(one.ids[:-1], one.ids[1:], list(range(len(one.ids) - 1))) for one in examples]
+    assert sorted(found) == sorted(wanted)
+    assert packs.cut == 0
+
+
+def test_only_what_is_to_be_learnt_is_a_target():
+    packs = Packs([example(5, 6, learnt_from=4)], context=8, batch=1, seed=0)
+    assert packs.at(0).targets.tolist() == [[IGNORED, IGNORED, IGNORED, 9, 10, IGNORED, IGNORED, IGNORED]]
+
+
+def test_epochs_follow_each_other_in_new_orders():
+    examples = [example(100 * index, 7) for index in range(6)]  # two fit a row
+    packs = Packs(examples, context=12, batch=2, seed=0)
+    rows = [row for step in range(6) for row in packs.at(step).inputs.tolist()]
+    for epoch in range(4):
+        tokens = Counter(token for row in rows[3 * epoch : 3 * epoch + 3] for token in row)
+        assert set(tokens.values()) == {1}
+    assert rows[:3] != rows[3:6]
+    again = Packs(examples, context=12, batch=2, seed=0)
+    assert torch.equal(again.at(5).inputs, packs.at(5).inputs)
+    assert not torch.equal(Packs(examples, context=12, batch=2, seed=1).at(0).inputs, packs.at(0).inputs)
+
+
+def test_long_examples_are_cut_and_counted():
+    packs = Packs([example(0, 40), example(100, 5)], context=8, batch=2, seed=0)
+    assert packs.cut == 1
+    assert {len(piece[0]) for piece in pieces(packs.at(0))} == {8, 4}
+
+
+def test_what_leaves_nothing_to_learn_is_refused():
+    with pytest.raises(ValueError, match="need examples"):
+        Packs([], context=8, batch=1, seed=0)
+    with pytest.raises(ValueError, match="no example has anything to learn"):
+        Packs([example(0, 40, learnt_from=30)], context=8, batch=1, seed=0)
