@@ -69,6 +69,7 @@ class Client:
         self._group_key = group_key
         self._randomness = randomness
         self._key = SessionKey(randomness)
+        self.roster: m.Roster | None = None  # the session's keys, once they are known
         self._peers: dict[int, tuple[AESGCM, AESGCM]] | None = None  # for sending, for receiving
         self._last = 0
         self._round: Round | None = None
@@ -151,7 +152,7 @@ class Client:
                 peers[index] = self._key.pair(self.index, index, public, p.session)
             except ValueError as error:
                 raise ProtocolError(name(index, p), "its session key has low order") from error
-        self._peers = peers
+        self._peers, self.roster = peers, roster
 
     def _code(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
         """Shares [N, L + copies] of the blocks, or of a mask and then the masked blocks too."""

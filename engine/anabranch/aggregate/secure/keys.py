@@ -64,6 +64,11 @@ class SessionKey:
         self._key = X25519PrivateKey.from_private_bytes(randomness(32))
         self.public = self._key.public_key().public_bytes_raw()
 
+    @property
+    def secret(self) -> bytes:
+        """32 bytes, for `resumable` alone."""
+        return self._key.private_bytes_raw()
+
     def pair(self, own: int, other: int, public: bytes, session: bytes) -> tuple[AESGCM, AESGCM]:
         """Ciphers for what client `own` sends to client `other` and for what it receives from there.
 

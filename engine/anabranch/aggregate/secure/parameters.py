@@ -122,7 +122,30 @@ class Parameters:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the canonical CBOR of all of this."""
-        return sha256(cbor().dumps(self._plain(), canonical=True)).digest()
+        return sha256(self.encode()).digest()
+
+    def encode(self) -> bytes:
+        """Canonical CBOR, for parties that are told the parameters instead of knowing them."""
+        encoded: bytes = cbor().dumps(self._plain(), canonical=True)
+        return encoded
+
+    @staticmethod
+    def decode(data: bytes) -> "Parameters":
+        """The parameters that were encoded; raises ValueError for bytes that are not what `encode` makes of some."""
+        try:
+            plain = cbor().loads(data, max_depth=4, allow_indefinite=False)
+            fixed_point = FixedPoint(clip=plain["clip"], fraction_bits=plain["fraction_bits"])
+            same = ("session", "server", "length", "blocks", "privacy", "errors", "dropouts", "mode", "proof")
+            others: dict[str, Any] = {name: plain[name] for name in same}
+            others |= {name: tuple(plain[name]) for name in ("identities", "weights")}
+            found = Parameters(fixed_point=fixed_point, field=FIELDS[plain["field"]], **others)
+            kinds = {type(x) for x in (found.session, found.server, *found.identities)}
+            counts = (found.length, found.blocks, found.privacy, found.errors, found.dropouts, *found.all_weights)
+            if found.encode() != data or kinds != {bytes} or {type(x) for x in counts} != {int}:
+                raise ValueError("they are not canonical")
+        except Exception as error:  # whatever types stand where others belong, it is the sender's fault
+            raise ValueError(f"these bytes are no parameters: {error}") from error
+        return found
 
     def _plain(self) -> dict[str, Any]:
         return {

@@ -51,6 +51,7 @@ class Server:
         if identity.public != parameters.server:
             raise ValueError("the parameters know another server")
         self.outcome: Outcome | None = None
+        self.roster: m.Roster | None = None  # the session's keys, once they are known
         self._parameters = parameters
         self._identity = identity
         self._randomness = randomness
@@ -123,8 +124,8 @@ class Server:
         members = tuple(sorted(hellos))
         _need(members, p.clients - p.dropouts, "Hellos")
         publics = tuple(hello.public for i in members if isinstance(hello := hellos[i].header.message, m.Hello))
-        roster = m.Roster(members, publics, tuple(hellos[i].signature for i in members))
-        return self._to_all(roster, (), members), None
+        self.roster = m.Roster(members, publics, tuple(hellos[i].signature for i in members))
+        return self._to_all(self.roster, (), members), None
 
     def _deliver(self, shares: dict[int, Frame]) -> tuple[Outgoing, type[m.Message] | None]:
         p, now = self._parameters, self._round

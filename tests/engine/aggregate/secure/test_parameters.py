@@ -3,6 +3,7 @@
 from dataclasses import fields, replace
 from hashlib import sha256
 
+import cbor2
 import pytest
 
 from anabranch.aggregate.secure.parameters import Parameters
@@ -46,6 +47,32 @@ def make(N=9, **changes):
 def test_what_cannot_hold_is_refused(changes, match):
     with pytest.raises(ValueError, match=match):
         make(**changes)
+
+
+def test_parameters_survive_the_wire():
+    for made in (make(), make(weights=tuple(range(1, 10)), field=F50, mode="mask", proof="V1")):
+        back = Parameters.decode(made.encode())
+        assert back.digest == made.digest
+        assert (back.identities, back.all_weights, back.fixed_point) == (
+            made.identities,
+            made.all_weights,
+            made.fixed_point,
+        )
+
+
+def test_other_bytes_are_no_parameters():
+    plain = cbor2.loads(make().encode())
+    for change in (
+        {"session": [1] * 16}, {"server": [1] * 32}, {"length": 10.0}, {"blocks": True}, {"weights": [1.0] * 9},
+        {"identities": [list(key(i)) for i in range(9)]}, {"clip": "1"}, {"p": 97}, {"version": 2}, {"more": 1},
+        {"field": "m13"}, {"privacy": 99}, {"fraction_bits": 60},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="no parameters"):
+            Parameters.decode(cbor2.dumps(plain | change, canonical=True))
+    good = make().encode()
+    for bad in (b"", good[:-1], good + b"\0", b"\xff" * 9, cbor2.dumps(plain)):
+        with pytest.raises(ValueError, match="no parameters"):
+            Parameters.decode(bad)
 
 
 def test_every_parameter_changes_the_digest():
