@@ -40,13 +40,14 @@ def sort_replies(
         try:
             if usable and usable[-1].node == node:
                 raise ValueError("a second reply")
-            usable.append(_read(node, reply.content, sent, weighted_by))
+            usable.append(read_update(node, reply.content, sent, weighted_by))
         except ValueError as error:
             left_out[node] = str(error)
     return usable, left_out, failed
 
 
-def _read(node: int, content: Any, sent: Sent, weighted_by: str) -> Update:
+def read_update(node: int, content: Any, sent: Sent, weighted_by: str) -> Update:
+    """The content of one reply; raises ValueError that says why it cannot be used."""
     if len(content.array_records) != 1 or len(content.metric_records) != 1:
         counts = f"{len(content.array_records)} and {len(content.metric_records)}"
         raise ValueError(f"one ArrayRecord and one MetricRecord are wanted, not {counts}")
