@@ -201,7 +201,7 @@ class Client:
                 held[owner] = shares
         hiding = self._rows[:, L : L + C].clone()
         self._rows[:, L:] = 0
-        owners = sorted(held)
+        owners = sorted(i for i in held if i != self.index or now.weights[i])  # the own one may be filtered out
         projected = [project_square(self._rows[i], digest_of("owner", held[i].digest), p) for i in owners]
         both = torch.stack([torch.cat(projected), hiding[owners].view(-1)])
         words = multiply(torch.ones(1, 2, dtype=p.field.dtype), both, p.field)

@@ -179,3 +179,23 @@ def test_an_owner_whose_shares_lie_on_no_polynomial_is_named(session, mode):
     made.check(outcome)
     assert outcome.excluded == ((3, "its shares do not lie on one polynomial"),)
     assert outcome.accepted == (0, 1, 2, 4, 5, 6, 7, 8)
+
+
+def test_clients_whose_vectors_are_left_out_still_add_up_others(session):
+    """Weights lowered for a round, zeros among them; once their own Checks spoke of vectors that were not shared."""
+    made = session(weights=(5,) * 9)
+    weights = (5, 0, 3, 1, 0, 5, 5, 2, 4)
+    made.server.begin(1, weights=weights)
+    answers = {i: one.share(1, made.vectors[i], weights=weights) for i, one in made.clients.items()}
+    while made.server.outcome is None:
+        for answer in answers.values():
+            made.server.receive(answer)
+        replies = {i: made.clients[i].receive(one) for i, one in made.server.advance().items()}
+        answers = {i: reply for i, reply in replies.items() if reply is not None}
+    outcome = made.server.outcome
+    assert outcome.accepted == (0, 2, 3, 5, 6, 7, 8)
+    assert outcome.excluded == ((1, "filtered out"), (4, "filtered out"))
+    assert outcome.wrong == ()
+    total = sum(w * (made.vectors[i].double() * 2**16).round() for i, w in enumerate(weights))
+    assert torch.equal(outcome.mean(made.parameters), total / (sum(weights) * 2**16))
+    assert len(made.finished()) == 9
