@@ -169,10 +169,15 @@ def encode(hash: Hash) -> bytes:
     return np.packbits(np.concatenate([hash.bits.numpy().ravel(), hash.present.numpy()])).tobytes()
 
 
+def encoded_bytes(settings: Filtration) -> int:
+    """Of what `encode` makes."""
+    return -(-settings.classes * (settings.bits + 1) // 8)
+
+
 def decode(message: bytes, settings: Filtration) -> Hash:
     """The hash that was encoded. Raises ValueError unless these bytes are what `encode` makes of one."""
     C, b = settings.classes, settings.bits
-    size = -(-C * (b + 1) // 8)
+    size = encoded_bytes(settings)
     if len(message) != size:
         raise ValueError(f"a hash of {C} times {b} bits takes {size} bytes, got {len(message)}")
     flat = np.unpackbits(np.frombuffer(message, np.uint8)).astype(bool)

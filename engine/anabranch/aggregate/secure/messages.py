@@ -1,6 +1,8 @@
 """What is said, in order. Bodies are lists of bytes, integers, texts and such lists, each checked on the way in.
 
     before the first round   Hello  ->   Roster        session keys
+    before a round, if       Commit ->   Commits       hashes of logits are fixed
+      logits are filtered    Reveal ->   Reveals       and then told
     each round               Shares ->   Delivery      shares, sealed for their recipients
                              Check  ->   Proposal      whose vectors are shared consistently and go into the sum
                              Agreement -> Quorum       all have seen the same set
@@ -11,12 +13,15 @@ Left: clients to the server. Right: the server to clients.
 """
 
 from dataclasses import dataclass, fields
+from hashlib import sha256
 from typing import Any, Self
 
+from anabranch.aggregate.secure.errors import cbor
 from anabranch.aggregate.secure.keys import sealed_length
 from anabranch.aggregate.secure.parameters import Parameters
 
 MOST_REASON = 200  # characters
+MOST_HASH = 1000  # bytes of a hash of logits
 
 
 class Malformed(ValueError):
@@ -294,8 +299,84 @@ class Proof(Message):
         return (len(self.members) * scalars, len(self.masked) * parameters.blocks * scalars, *vectors)
 
 
+@dataclass(frozen=True, slots=True)
+class Commit(Message):
+    """A client's commitment to the hash of its logits; see filter_phase."""
+
+    commitment: bytes
+
+    @classmethod
+    def checked(cls, parameters: Parameters, *values: Any) -> Self:
+        (commitment,) = values
+        return cls(octets(commitment, 32))
+
+
+@dataclass(frozen=True, slots=True)
+class Commits(Message):
+    """All commitments, with the signatures of the Commits."""
+
+    members: tuple[int, ...]
+    commitments: tuple[bytes, ...]
+    signatures: tuple[bytes, ...]
+
+    @classmethod
+    def checked(cls, parameters: Parameters, *values: Any) -> Self:
+        members, commitments, signatures = values
+        found = clients(members, parameters)
+        return cls(found, all_octets(commitments, 32, len(found)), all_octets(signatures, 64, len(found)))
+
+    @property
+    def digest(self) -> bytes:
+        """What a Reveal names them by."""
+        plain = [list(self.members), list(self.commitments), list(self.signatures)]
+        return sha256(cbor().dumps(plain, canonical=True)).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Reveal(Message):
+    """What a client committed to, and the digest of the Commits that it has seen."""
+
+    commits: bytes
+    nonce: bytes
+    bits: bytes
+
+    @classmethod
+    def checked(cls, parameters: Parameters, *values: Any) -> Self:
+        commits, nonce, bits = values
+        return cls(octets(commits, 32), octets(nonce, 32), hash_octets(bits))
+
+
+@dataclass(frozen=True, slots=True)
+class Reveals(Message):
+    """What was committed to, with the signatures of the Reveals."""
+
+    members: tuple[int, ...]
+    commits: tuple[bytes, ...]
+    nonces: tuple[bytes, ...]
+    bits: tuple[bytes, ...]
+    signatures: tuple[bytes, ...]
+
+    @classmethod
+    def checked(cls, parameters: Parameters, *values: Any) -> Self:
+        members, commits, nonces, bits, signatures = values
+        found = clients(members, parameters)
+        n = len(found)
+        if len(items(bits, n)) != n:
+            raise Malformed(f"needs a list of {n}")
+        hashes = tuple(hash_octets(one) for one in bits)
+        return cls(found, all_octets(commits, 32, n), all_octets(nonces, 32, n), hashes, all_octets(signatures, 64, n))
+
+
+def hash_octets(value: Any) -> bytes:
+    """The bytes of a hash, of which filter_phase knows how many they must be."""
+    if type(value) is not bytes or len(value) > MOST_HASH:
+        raise Malformed(f"needs at most {MOST_HASH} bytes")
+    return value
+
+
 KINDS: tuple[type[Message], ...] = (
     Hello, Roster, Shares, Delivery, Check, Proposal, Agreement, Quorum, Sum, Result, Projection, Proof,
+    Commit, Commits, Reveal, Reveals,
 )  # fmt: skip
 
 

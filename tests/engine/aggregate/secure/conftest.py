@@ -12,6 +12,8 @@ import torch
 
 from anabranch.aggregate.secure import local
 from anabranch.aggregate.secure.client import Client
+from anabranch.aggregate.secure.filter_phase import ClientFilter, ServerFilter
+from anabranch.aggregate.secure.filtration import Filtration
 from anabranch.aggregate.secure.keys import Identity
 from anabranch.aggregate.secure.messages import Message
 from anabranch.aggregate.secure.outcome import Outcome
@@ -35,6 +37,19 @@ class Session:
         local.run_round(self.server, self.clients, number, self.vectors, wire)
         assert self.server.outcome is not None
         return self.server.outcome
+
+    def filters(self, settings: Filtration, number: int = 1) -> tuple[ServerFilter, dict[int, ClientFilter]]:
+        """The phase before a round, for parties that have met."""
+        assert self.server.roster is not None
+        server = ServerFilter(self.parameters, self.identities[-1], number, self.server.roster, settings)
+        clients = {}
+        for i, client in self.clients.items():
+            assert client.roster is not None
+            clients[i] = ClientFilter(
+                self.parameters, i, self.identities[i], number, client.roster, settings,
+                randomness=randomness(f"filter {i} {number}"),
+            )  # fmt: skip
+        return server, clients
 
     def run_to(self, kind: type[Message], number: int = 1) -> dict[int, bytes]:
         """A round up to the server's messages of this kind, which are returned and not delivered."""

@@ -5,8 +5,11 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 
+from anabranch.aggregate.secure import local
 from anabranch.aggregate.secure import messages as m
+from anabranch.aggregate.secure.filtration import Filtration, Hash
 from anabranch.aggregate.secure.messages import Malformed
 from anabranch_kernels.field_coding.op import FIELDS
 
@@ -32,6 +35,10 @@ def record(session, case):
     for i, roster in made.server.advance().items():
         made.clients[i].receive(wire(i, False, roster))
     made.check(made.round(1, wire))
+    if case == SHOWN:
+        server, clients = made.filters(Filtration(classes=3, bits=5), 2)
+        bits = torch.tensor([[True, False, True, False, True], [True] * 5, [False] * 5])
+        local.run_filter(server, clients, dict.fromkeys(clients, Hash(bits, torch.ones(3, dtype=torch.bool))), wire)
     text = {kind: message.hex() if case == SHOWN else sha256(message).hexdigest() for kind, message in found.items()}
     return {"parameters": made.parameters.digest.hex(), **text}
 
@@ -54,6 +61,14 @@ def parameters(session):
 @pytest.mark.parametrize(
     ("kind", "body"),
     [
+        (m.Commit, [bytes(31)]),
+        (m.Commits, [[0, 1], [bytes(32)], [bytes(64)] * 2]),
+        (m.Commits, [[1, 0], [bytes(32)] * 2, [bytes(64)] * 2]),
+        (m.Reveal, [bytes(32), bytes(31), b""]),
+        (m.Reveal, [bytes(32), bytes(32), bytes(1001)]),
+        (m.Reveal, [bytes(32), bytes(32), 5]),
+        (m.Reveals, [[0], [bytes(32)], [bytes(32)], [b"", b""], [bytes(64)]]),
+        (m.Reveals, [[0], [bytes(32)], [bytes(32)], ["x"], [bytes(64)]]),
         (m.Hello, []),
         (m.Hello, [bytes(31)]),
         (m.Hello, ["x" * 32]),

@@ -19,9 +19,9 @@ class Restless:
         self.group_key = client._group_key
         self.state, self.outcome, self.sizes = client.state(), None, []
 
-    def _do(self, what, *arguments):
+    def _do(self, what, *arguments, **settings):
         client = ResumableClient.resume(self.state, self.parameters, self.identity, group_key=self.group_key)
-        answer = getattr(client, what)(*arguments)
+        answer = getattr(client, what)(*arguments, **settings)
         if self.once and what != "hello":  # which may be said again
             self.once.take(self.state)
         self.state, self.outcome = client.state(), client.outcome
@@ -31,8 +31,8 @@ class Restless:
     def hello(self):
         return self._do("hello")
 
-    def share(self, number, vector):
-        return self._do("share", number, vector)
+    def share(self, number, vector, **settings):
+        return self._do("share", number, vector, **settings)
 
     def receive(self, message):
         return self._do("receive", message)

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anabranch.aggregate.secure import local
 from anabranch.aggregate.secure import messages as m
 from anabranch.aggregate.secure.errors import ProtocolError
+from anabranch.aggregate.secure.filtration import Filtration, Hash
 from anabranch.aggregate.secure.wire import SIGNATURE, read, to_bytes, to_elements, write
 from anabranch_kernels.field_coding.op import BABYBEAR, FIELDS, GOLDILOCKS
 
@@ -32,6 +34,9 @@ def recorded(session):
         for i, roster in made.server.advance().items():
             made.clients[i].receive(wire(0, False, roster))
         made.check(made.round(number, wire))
+        server, clients = made.filters(Filtration(classes=3, bits=5), number)
+        hashed = Hash(torch.ones(3, 5, dtype=torch.bool), torch.ones(3, dtype=torch.bool))
+        local.run_filter(server, clients, dict.fromkeys(clients, hashed), wire)
     assert {kind for _, kind in found} == set(m.KINDS)
     return list(found.values())
 
@@ -147,7 +152,7 @@ def change_header(message, parameters, change):
         (0, 2, "another session, or to other parameters"),
         (2, 2**31 - 1, "another session, or to other parameters"),
         (3, bytes(32), "another session, or to other parameters"),
-        (1, 99, "integer of 0 to 11"),
+        (1, 99, "integer of 0 to 15"),
         (4, 2**32, "integer of 0 to 4294967295"),
         (5, -1, "integer of 0 to 9"),
         (5, True, "integer of 0 to 9"),
