@@ -11,6 +11,8 @@ A round of `SecureFedAvg` is several messages of the type "train", told apart by
     share     Roster          ->  Shares
     receive   any other       ->  the answer, if there is one; with the last, how many numbers were clipped
 
+Mods listed after this one see arrays as ever, before they are shared; those before it see what is sent.
+
 Between messages a node may move to another process (Ray's actors serve any node), so the client lives in context.state:
 see aggregate/secure/resumable.py for what that asks of whoever keeps it. An update goes into one session only, or two
 sums would differ by it; metrics go to the server as they are.
@@ -53,7 +55,8 @@ class SecureMod:
     identity     32 secret bytes of the node's Ed25519 key, from the node itself: read from a file that
                  context.node_config names, say. None for a key made at the first message and kept in context.state
     group_key    32 bytes that nodes know and the server does not, for proof V1
-    once         folder that outlasts the node's process: a state brought back from a copy does not answer again
+    once         folder on the node that outlasts its processes: with it no state answers twice, nor does an update go
+                 into two sessions, even if context.state is brought back from a copy or two messages come at once
     """
 
     privacy: int = 1
@@ -99,18 +102,21 @@ class SecureMod:
         row = update.row.numpy()
         for name in ("parameters", "client"):
             state.pop(name, None)
-        state |= {"vector": row.tobytes(), "dtype": str(row.dtype)}
+        state |= {"vector": row.tobytes(), "dtype": str(row.dtype), "update": secrets.token_bytes(16)}
         return RecordDict(dict(update.content.metric_records.items()))
 
     def _hello(self, asked: dict[str, Any], state: dict[str, Any], identity: Identity) -> dict[str, Any]:
         if "vector" not in state or "client" in state:
             raise ProtocolError("server", "opened a session without an update of its own to share")
-        parameters = Parameters.decode(asked["parameters"])
+        parameters = Parameters.decode(_given(asked, "parameters", bytes))
         if parameters.length * np.dtype(state["dtype"]).itemsize != len(state["vector"]):
             raise ProtocolError("server", f"its session has vectors of {parameters.length}, unlike the arrays it sent")
         self._check(parameters, identity)
         index = parameters.identities.index(identity.public)
         client = ResumableClient(parameters, index, identity, group_key=self.group_key)
+        if self.once is not None:
+            Once(self.once).take(state["update"])
+        del state["update"]
         state |= {"parameters": parameters.encode(), "client": client.state()}
         return {"message": client.hello()}
 
@@ -129,13 +135,15 @@ class SecureMod:
 
     def _share(self, asked: dict[str, Any], state: dict[str, Any], identity: Identity) -> dict[str, Any]:
         client = self._resume(state, identity)
-        client.receive(asked["message"])
+        if "vector" not in state:
+            raise ProtocolError("server", "asked for a vector that was shared before")
+        client.receive(_given(asked, "message", bytes))
         vector = torch.from_numpy(np.frombuffer(state.pop("vector"), state.pop("dtype")).copy())
-        return self._keep(client, bytes(client.share(asked["round"], vector)), state)
+        return self._keep(client, bytes(client.share(_given(asked, "round", int), vector)), state)
 
     def _receive(self, asked: dict[str, Any], state: dict[str, Any], identity: Identity) -> dict[str, Any]:
         client = self._resume(state, identity)
-        return self._keep(client, client.receive(asked["message"]), state)
+        return self._keep(client, client.receive(_given(asked, "message", bytes)), state)
 
     def _resume(self, state: dict[str, Any], identity: Identity) -> ResumableClient:
         if "client" not in state:
@@ -152,3 +160,9 @@ class SecureMod:
             return {} if answer is None else {"message": answer}
         del state["client"], state["parameters"]
         return {"clipped": client.outcome.clipped}
+
+
+def _given(asked: dict[str, Any], name: str, kind: type) -> Any:
+    if type(asked.get(name)) is not kind:
+        raise ProtocolError("server", f"gave no {name} of type {kind.__name__}")
+    return asked[name]

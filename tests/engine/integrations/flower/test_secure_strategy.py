@@ -325,24 +325,47 @@ def test_one_update_goes_into_one_session():
     assert ask(grid, 11, {KEY: ConfigRecord({"step": "reveal"})}).error.reason.startswith("step must be one of")
 
 
-def test_a_state_that_comes_back_does_not_answer_again(tmp_path):
+@pytest.mark.parametrize("step", ["hello", "share", "receive"])
+def test_a_state_that_comes_back_does_not_answer_again(step, tmp_path):
+    """After a `hello` that came twice one update would be in two sums; after others, nonces would be used again."""
     grid = Grid(lambda node: [SecureMod(once=tmp_path / str(node))])
     kept = {}
     send = grid.send_and_receive
 
     def watched(messages, *, timeout=None):
-        messages = list(messages)
-        for message in messages:
-            node = message.metadata.dst_node_id
-            if node == 11 and message.content.config_records.get(KEY, {}).get("step") == "share":
-                kept["context"], kept["message"] = grid.contexts[11], message
+        for message in (messages := list(messages)):
+            if message.metadata.dst_node_id == 11 and message.content.config_records.get(KEY, {}).get("step") == step:
+                kept.setdefault("all", (grid.contexts[11], message))
         return list(send(messages, timeout=timeout))
 
     grid.send_and_receive = watched
     _, result = run(grid, SIZES)
     assert result.train_metrics_clientapp[1]["secure.nodes"] == BY_ID
-    grid.contexts[11], grid.steps[11] = kept["context"], 1
-    assert "answered from this state before" in grid._run(kept["message"]).error.reason
+    grid.contexts[11], message = kept["all"]
+    grid.steps[11] = 1
+    assert "answered from this state before" in grid._run(message).error.reason
+
+
+def test_what_a_server_cannot_ask_for():
+    grid = Grid()
+    give = lambda **record: ask(grid, 11, {KEY: ConfigRecord(record)}).error.reason
+    assert "is in no session" in give(step="receive", message=b"x")
+    content = {"arrays": record(START), "config": ConfigRecord({"server-round": 1})}
+    trained = {KEY: ConfigRecord({"step": "train", "weighted_by": "num-examples"})}
+    assert not ask(grid, 11, content | trained).has_error()
+    assert "gave no parameters of type bytes" in give(step="hello")
+    assert "no parameters" in give(step="hello", parameters=b"x")
+    key = serde.context_from_proto(grid.contexts[11]).state[KEY]["identity"]
+    others = [Identity().public for _ in range(7)]
+    made = lambda own, length: SIZES.parameters([own, *others], bytes(32), length=length, weights=(1,) * 8).encode()
+    assert "vectors of 9, unlike" in give(step="hello", parameters=made(Identity(key).public, 9))
+    assert "another key of this node" in give(step="hello", parameters=made(Identity().public, 8))
+    assert not ask(
+        grid, 11, {KEY: ConfigRecord({"step": "hello", "parameters": made(Identity(key).public, 8)})}
+    ).has_error()
+    assert "gave no message of type bytes" in give(step="share", round=1)
+    assert "malformed" in give(step="share", round=1, message=b"x")
+    assert "one ArrayRecord is wanted, not 0" in ask(grid, 11, trained).error.reason
 
 
 @pytest.mark.parametrize(
