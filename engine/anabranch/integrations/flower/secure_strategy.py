@@ -64,7 +64,7 @@ class SecureSum:
     clip: float = 1.0
     fraction_bits: int = 20
     field: str = "babybear"
-    mode: Mode = "mask"
+    mode: Mode = "direct"
     proof: Proof = "V2"
     most_weight: int = 1
     step_timeout_s: float = 60.0
