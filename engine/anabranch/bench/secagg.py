@@ -151,7 +151,8 @@ def flower_round(vectors: list[np.ndarray], drop: int) -> Round:
     shares = [timed(i, partial(shared, i)) for i in range(N)]
 
     def key_of(keys: list[Any], i: int, j: int) -> bytes:
-        return generate_shared_key(keys[i][0], keys[j][1])
+        key: bytes = generate_shared_key(keys[i][0], keys[j][1])
+        return key
 
     def sealed(i: int) -> list[bytes]:
         return [encrypt(key_of(sealing, i, j), shares[i][0][j] + shares[i][1][j]) for j in range(N) if j != i]
@@ -172,7 +173,8 @@ def flower_round(vectors: list[np.ndarray], drop: int) -> Round:
             if j != i:
                 (mask,) = pseudo_rand_gen(key_of(masking, i, j), MODULUS, [(l,)])
                 total = total + mask if i > j else total - mask
-        return total & (MODULUS - 1)
+        reduced: np.ndarray = total & (MODULUS - 1)
+        return reduced
 
     alive = range(N - drop)
     sent = {i: timed(i, partial(masked, i)) for i in alive}
