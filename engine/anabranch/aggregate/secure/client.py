@@ -10,6 +10,7 @@ projects shares twice nor signs two sets, or its answers together would tell a l
 """
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,24 @@ from torch import Tensor
 from anabranch.aggregate.secure import messages as m
 from anabranch.aggregate.secure import verify
 from anabranch.aggregate.secure.errors import ProtocolError
-from anabranch.aggregate.secure.keys import Identity, KeyStream, Randomness, SessionKey, is_signed, seal, unseal
+from anabranch.aggregate.secure.keys import Identity, KeyStream, Randomness, SessionKey, seal, unseal
 from anabranch.aggregate.secure.outcome import Outcome, View, check_view
 from anabranch.aggregate.secure.parameters import VERSION, Parameters
-from anabranch.aggregate.secure.proof import digest_of, mac, mac_key, mac_mask, project, project_square, square
-from anabranch.aggregate.secure.wire import Draft, Frame, Header, Part, name, receive, to_bytes, to_elements, write
+from anabranch.aggregate.secure.proof import digest_of, folded, mac, mac_key, mac_mask, project_each
+from anabranch.aggregate.secure.wire import (
+    Frame,
+    Header,
+    Part,
+    blank,
+    digests_of,
+    is_canonical,
+    name,
+    receive,
+    to_bytes,
+    write,
+)  # fmt: skip
 from anabranch_kernels.field_coding.op import encode, multiply, quantise
+from anabranch_kernels.memory import prefer_huge_pages
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -73,8 +86,9 @@ class Client:
         self._peers: dict[int, tuple[AESGCM, AESGCM]] | None = None  # for sending, for receiving
         self._last = 0
         self._round: Round | None = None
-        side = square(parameters.share_length + parameters.copies)
-        self._rows = torch.zeros(parameters.clients, side * side, dtype=parameters.field.dtype)  # shares, then zeros
+        width = folded(m.share_bytes(parameters) // parameters.field.bytes)
+        rows = torch.empty(parameters.clients, width, dtype=parameters.field.dtype)
+        self._rows = prefer_huge_pages(rows).zero_()  # shares, then zeros
 
     def hello(self) -> bytes:
         """The first message to the server."""
@@ -98,15 +112,16 @@ class Client:
         ):
             raise ValueError(f"weights must be 0 to {p.all_weights}, got {weights}")
         elements, clipped = quantise(vector, p.field, p.fixed_point)
-        blocks = torch.zeros(p.blocks * p.share_length, dtype=p.field.dtype)
-        blocks[: p.length] = elements
+        missing = p.blocks * p.share_length - p.length
+        blocks = torch.nn.functional.pad(elements, (0, missing)) if missing else elements
         blocks = blocks.view(p.blocks, p.share_length)
         self._last, self.outcome = number, None  # from here on this round's nonces are used
         shares, masked = self._code(blocks)
         frame, message = self._seal(number, shares, masked, blocks)
         if self._round is not None:  # which was given up
             self._rows.zero_()
-        self._rows[self.index, : shares.shape[1]] = shares[self.index]
+        width = p.share_length + p.copies
+        self._rows[self.index, :width] = shares[self.index, :width]
         self._round = Round(number=number, weights=weights or p.all_weights, clipped=clipped, masked=masked)
         self._round.held[self.index] = frame
         return message
@@ -155,11 +170,11 @@ class Client:
         self._peers, self.roster = peers, roster
 
     def _code(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Shares [N, L + copies] of the blocks, or of a mask and then the masked blocks too."""
+        """Shares [N, L + copies + salt] of the blocks, or of a mask and then the masked blocks too."""
         p = self._parameters
         U, L, C = p.code.threshold, p.share_length, p.copies
         stream = KeyStream(self._randomness(32))
-        values = torch.empty(U, L + C, dtype=p.field.dtype)
+        values = prefer_huge_pages(torch.empty(U, m.share_bytes(p) // p.field.bytes, dtype=p.field.dtype))
         masked = None
         if p.mode == "mask":
             mask = stream.elements(p.blocks * L, p.field)
@@ -168,75 +183,94 @@ class Client:
             blocks = mask.view(p.blocks, L)
         values[: p.blocks, :L] = blocks
         values[p.blocks :, :L] = stream.elements(p.privacy * L, p.field).view(p.privacy, L)
-        values[:, L:] = stream.elements(U * C, p.field).view(U, C)  # polynomials that hide the owner's check
+        values[:, L : L + C] = stream.elements(U * C, p.field).view(U, C)  # polynomials that hide the owner's check
+        values[:, L + C :] = 0
         shares = encode(values, p.code)
+        salts = shares[:, L + C :]
+        salts[:] = stream.elements(salts.numel(), p.field).view(salts.shape)
         values.zero_()  # noise and shares together would tell the vector
         return shares, masked
 
-    def _seal(self, number: int, shares: Tensor, masked: Tensor | None, blocks: Tensor) -> tuple[Frame, bytearray]:
+    def _seal(self, number: int, shares: Tensor, masked: Tensor | None, blocks: Tensor) -> tuple[Frame, memoryview]:
         """Shares, and its bytes, in which the shares are sealed where they will lie."""
         p = self._parameters
         assert self._peers is not None
-        recipients = sorted(self._peers)
-        draft = Draft(m.Shares(tuple(recipients)), parameters=p, number=number, sender=self.index)
-        for j, part in zip(recipients, draft.parts, strict=False):
-            seal(self._peers[j][0], to_bytes(shares[j]), part, number, self._context(number, self.index, j))
-        if masked is not None:
-            draft.parts[len(recipients)][:] = to_bytes(masked)
+        recipients, peers = sorted(self._peers), self._peers
+        plain = [to_bytes(shares[j]) for j in recipients]
+        open_parts = [] if masked is None else [to_bytes(masked)]
         if self._group_key is not None:
             mask = mac_mask(self._group_key, number, self.index, p)
-            draft.parts[-1][:] = to_bytes(mac(mac_key(self._group_key, number, p), blocks, mask, p))
-        return draft.sign(self._identity)
+            open_parts.append(to_bytes(mac(mac_key(self._group_key, number, p), blocks, mask, p)))
+        digests = digests_of(plain) + digests_of(open_parts)
+        frame = self._write(m.Shares(tuple(recipients)), (), number, digests)
+        data, parts = blank(frame, p)
+        for j, share, part in zip(recipients, plain, parts, strict=False):
+            seal(peers[j][0], share, part, number, self._context(number, self.index, j, frame))
+        for part, known in zip(parts[len(recipients) :], open_parts, strict=True):
+            part[:] = known
+        return frame, data
 
     def _check(self, now: Round, delivery: m.Delivery, frame: Frame) -> bytes:
         p = self._parameters
         L, C = p.share_length, p.copies
         held, refused = dict(now.held), []
-        for k, owner in enumerate(delivery.owners):
-            shares, reason = self._open(now, owner, delivery.headers[k], delivery.signatures[k], frame, k)
-            if shares is None:
+        opened = [
+            self._open(now, owner, signed, memoryview(part))
+            for owner, signed, part in zip(delivery.owners, delivery.headers, frame.parts, strict=True)
+        ]
+        digests = digests_of([self._plain(owner) for owner in delivery.owners])
+        for owner, shares, digest in zip(delivery.owners, opened, digests, strict=True):
+            reason = shares if isinstance(shares, str) else self._fault(shares, digest)
+            if isinstance(shares, Frame) and not reason:
+                held[owner] = shares
+            else:
                 self._rows[owner] = 0
                 refused.append((owner, reason))
-            else:
-                held[owner] = shares
         hiding = self._rows[:, L : L + C].clone()
         self._rows[:, L:] = 0
         owners = sorted(i for i in held if i != self.index or now.weights[i])  # the own one may be filtered out
-        projected = [project_square(self._rows[i], digest_of("owner", held[i].digest), p) for i in owners]
-        both = torch.stack([torch.cat(projected), hiding[owners].view(-1)])
+        rows = self._rows if len(owners) == p.clients else self._rows[owners]
+        projected = project_each(rows, [digest_of("owner", held[i].digest) for i in owners], p)
+        both = torch.stack([projected.view(-1), hiding[owners].view(-1)])
         words = multiply(torch.ones(1, 2, dtype=p.field.dtype), both, p.field)
         now.held, now.expects = held, m.Proposal
         return self._write(m.Check(tuple(owners), tuple(refused)), (to_bytes(words),), now.number).encode()
 
-    def _open(
-        self, now: Round, owner: int, signed: bytes, signature: bytes, frame: Frame, k: int
-    ) -> tuple[Frame | None, str]:
-        """Decrypt an owner's share into its row; the frame of its Shares, or None and the reason."""
+    def _open(self, now: Round, owner: int, signed: bytes, sealed: memoryview) -> Frame | str:
+        """Decrypt an owner's share into its row; the frame of its Shares, or why there is none.
+
+        That the owner made this header needs no signature: its share opens under no other.
+        """
         p = self._parameters
-        assert self._peers is not None
-        if owner not in self._peers:
-            return None, "did not say hello"
+        if self._peers is None or owner not in self._peers:
+            return "a share of a client that was never met"
         try:
             header = Header.decode(signed, p)
         except m.Malformed as error:
-            return None, f"malformed header: {error}"
+            return f"its header is malformed: {error}"[: m.MOST_REASON]
         message = header.message
         if not isinstance(message, m.Shares) or self.index not in message.recipients:
-            return None, "no share for this client"
+            return "no share for this client"
         if (header.number, header.sender, header.recipient) != (now.number, owner, p.clients):
-            return None, "a header of another round or client"
-        if not is_signed(signed, signature, p.identities[owner]):
-            return None, "its signature is not its own"
-        if header.digests[message.recipients.index(self.index)] != frame.header.digests[k]:
-            return None, "the share is not the one it committed to"
-        row = self._rows[owner, : p.share_length + p.copies]
-        plain = to_bytes(row)
-        context = self._context(now.number, owner, self.index)
-        if not unseal(self._peers[owner][1], memoryview(frame.parts[k]), plain, now.number, context):
-            return None, "the share was not sealed for this client and round"
-        if to_elements(plain, p.field, out=row) is None:
-            return None, "the share has elements that are not canonical"
-        return Frame(header=header, signature=signature, parts=(), signed=signed), ""
+            return "a header of another round or client"
+        shares = Frame(header=header, signature=b"", parts=(), signed=signed)
+        context = self._context(now.number, owner, self.index, shares)
+        if not unseal(self._peers[owner][1], sealed, self._plain(owner), now.number, context):
+            return "the share was not sealed for this client and round, or not with this header"
+        return shares
+
+    def _plain(self, owner: int) -> memoryview:
+        """The share that was decrypted, with its salt."""
+        return to_bytes(self._rows[owner])[: m.share_bytes(self._parameters)]
+
+    def _fault(self, shares: Frame, digest: bytes) -> str:
+        """What is wrong with a decrypted share of this digest, if anything is."""
+        p, message = self._parameters, shares.header.message
+        assert isinstance(message, m.Shares)
+        if shares.header.digests[message.recipients.index(self.index)] != digest:
+            return "the share is not the one it committed to"
+        row = self._rows[shares.header.sender, : p.share_length + p.copies]
+        return "" if is_canonical(row.numpy(), p.field) else "the share has elements that are not canonical"
 
     def _agree(self, now: Round, proposal: m.Proposal) -> bytes:
         p = self._parameters
@@ -262,9 +296,10 @@ class Client:
         assert now.view is not None
         if len(quorum.signers) < p.quorum:
             raise ProtocolError("server", f"{len(quorum.signers)} clients agreed; {p.quorum} are needed")
-        for signer, signature in list(zip(quorum.signers, quorum.signatures, strict=True))[: p.quorum]:
-            if not verify.said(m.Agreement(now.view.digest), (), signature, signer, now.number, p):
-                raise ProtocolError("server", f"{name(signer, p)} did not agree to the set shown here")
+        agreement = m.Agreement(now.view.digest)
+        said = [(who, agreement, (), one) for who, one in zip(quorum.signers, quorum.signatures, strict=True)]
+        if (liar := verify.first_unsaid(said[: p.quorum], now.number, p)) is not None:
+            raise ProtocolError("server", f"{name(liar, p)} did not agree to the set shown here")
         now.expects = m.Result
         if self.index in now.view.suspects or not set(now.view.accepted) <= set(now.held):
             return None  # nothing to add to the sum, but its proof can be followed
@@ -290,9 +325,9 @@ class Client:
         now.claim, now.expects = claim, m.Proof
         if now.sum is None:
             return None
-        parts = [to_bytes(project(now.sum[None], claim.seed, p))]
+        parts = [to_bytes(claim.project(now.sum[None]))]
         if now.masked is not None and self.index in now.view.accepted:
-            parts.append(to_bytes(project(now.masked, claim.seed, p)))
+            parts.append(to_bytes(claim.project(now.masked)))
         return self._write(m.Projection(frame.digest, len(parts) - 1), parts, now.number).encode()
 
     def _accept(self, now: Round, proof: m.Proof, frame: Frame) -> None:
@@ -317,13 +352,16 @@ class Client:
         )
         self._round = None
 
-    def _write(self, message: m.Message, parts: "tuple[Part, ...] | list[memoryview]", number: int) -> Frame:
+    def _write(
+        self, message: m.Message, parts: Sequence[Part], number: int, digests: Sequence[bytes] | None = None
+    ) -> Frame:
         p = self._parameters
         return write(
-            message, parts, parameters=p, identity=self._identity, number=number, sender=self.index, recipient=p.clients
-        )
+            message, parts, parameters=p, identity=self._identity, number=number, sender=self.index,
+            recipient=p.clients, digests=digests,
+        )  # fmt: skip
 
-    def _context(self, number: int, owner: int, recipient: int) -> bytes:
-        """Additional data of a sealed share; the chunk and the number of chunks follow it."""
-        p = self._parameters
-        return bytes([VERSION]) + p.digest + b"".join(x.to_bytes(4, "big") for x in (number, owner, recipient))
+    def _context(self, number: int, owner: int, recipient: int, shares: Frame) -> bytes:
+        """Additional data of a share sealed under this header; the chunk and the number of chunks follow it."""
+        who = b"".join(x.to_bytes(4, "big") for x in (number, owner, recipient))
+        return bytes([VERSION]) + self._parameters.digest + who + shares.digest

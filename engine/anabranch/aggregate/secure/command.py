@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Simulate and show; 1 if a sum was not exact."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of torch would wait where others should hash
     import torch
 
     from anabranch.aggregate.secure.simulate import Settings, simulate

@@ -2,7 +2,8 @@
 
     Z           = X25519(own secret, other's public)                     all-zero Z is refused
     K_{i->j}    = HKDF-SHA256(Z, salt = SHA-256(sorted public keys || session), info = label || i || j)
-    ciphertext  = AES-256-GCM(K_{i->j}, nonce = round || chunk || 0, share, additional data = who, when, which chunk)
+    ciphertext  = AES-256-GCM(K_{i->j}, nonce = round || chunk || 0, share, additional data = who, when, which chunk,
+                  digest of the header that commits to all shares of this owner)
 
 A key lives as long as its session and seals each (round, chunk) once; so a client that was restarted must not go on
 with a session: it has forgotten which rounds it sealed. All primitives are those of `cryptography`.
@@ -125,6 +126,14 @@ class KeyStream:
             found.append(accepted[:missing])
             missing -= len(found[-1])
         return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0, dtype=field.dtype)
+
+    def challenges(self, count: int, field: Field) -> Tensor:
+        """The next `count` numbers, uniform below 2^(bits - 1) < p: what a random check needs, and nothing is rejected.
+
+        Checks are sound by Schwartz and Zippel, whose bound asks for the size of the set alone. Not for what must hide.
+        """
+        words = self._bytes(count * field.bytes).view(field.dtype)
+        return words.bitwise_and_((1 << (field.bits - 1)) - 1)
 
     def _bytes(self, count: int) -> Tensor:
         stream = bytearray(count)

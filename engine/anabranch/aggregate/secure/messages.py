@@ -22,6 +22,7 @@ from anabranch.aggregate.secure.parameters import Parameters
 
 MOST_REASON = 200  # characters
 MOST_HASH = 1000  # bytes of a hash of logits
+SALT = 32  # bytes that hide a share behind its digest, however short it is
 
 
 class Malformed(ValueError):
@@ -97,6 +98,13 @@ class Message:
         """Bytes of each part."""
         return ()
 
+    def vouched(self) -> range:
+        """The parts whose digest in the header is one that their first sender committed to: the recipient compares.
+
+        All others have the SHA-256 of their bytes there.
+        """
+        return range(0)
+
 
 @dataclass(frozen=True, slots=True)
 class Hello(Message):
@@ -127,7 +135,11 @@ class Roster(Message):
 
 @dataclass(frozen=True, slots=True)
 class Shares(Message):
-    """An owner's vector. Parts: a sealed share for each recipient; in mask mode the masked vector; for V1 its tag."""
+    """An owner's vector. Parts: a sealed share for each recipient; in mask mode the masked vector; for V1 its tag.
+
+    The digest of a sealed share is that of its plaintext, which ends with a salt: what was decrypted, under whatever
+    key, is then what was committed to.
+    """
 
     recipients: tuple[int, ...]
 
@@ -142,25 +154,30 @@ class Shares(Message):
         tag = (scalars_bytes(parameters),) if parameters.proof == "V1" else ()
         return (*shares, *masked, *tag)
 
+    def vouched(self) -> range:
+        return range(len(self.recipients))
+
 
 @dataclass(frozen=True, slots=True)
 class Delivery(Message):
-    """To one client: the signed header of each owner's Shares. Parts: its share from each of them."""
+    """To one client: the header of each owner's Shares, under which alone its share opens. Parts: these shares."""
 
     owners: tuple[int, ...]
     headers: tuple[bytes, ...]
-    signatures: tuple[bytes, ...]
 
     @classmethod
     def checked(cls, parameters: Parameters, *values: Any) -> Self:
-        owners, headers, signatures = values
+        owners, headers = values
         found = clients(owners, parameters)
         if len(items(headers, len(found))) != len(found) or any(type(one) is not bytes for one in headers):
             raise Malformed("needs the header of each owner")
-        return cls(found, tuple(headers), all_octets(signatures, 64, len(found)))
+        return cls(found, tuple(headers))
 
     def lengths(self, parameters: Parameters) -> tuple[int, ...]:
         return (sealed_share_bytes(parameters),) * len(self.owners)
+
+    def vouched(self) -> range:
+        return range(len(self.owners))
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +256,7 @@ class Sum(Message):
 
 @dataclass(frozen=True, slots=True)
 class Result(Message):
-    """The sum of the vectors and what it was decoded from. Parts: the sum [K, L]; for V1 the sum of the tags."""
+    """The sum of the vectors and what it was decoded from. Parts: K blocks [L] of it; for V1 the sum of the tags."""
 
     view: bytes
     members: tuple[int, ...]
@@ -256,7 +273,7 @@ class Result(Message):
 
     def lengths(self, parameters: Parameters) -> tuple[int, ...]:
         tag = (scalars_bytes(parameters),) if parameters.proof == "V1" else ()
-        return (vector_bytes(parameters), *tag)
+        return (*(parameters.share_length * parameters.field.bytes,) * parameters.blocks, *tag)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +314,9 @@ class Proof(Message):
     def lengths(self, parameters: Parameters) -> tuple[int, ...]:
         scalars, vectors = scalars_bytes(parameters), (vector_bytes(parameters),) * len(self.late)
         return (len(self.members) * scalars, len(self.masked) * parameters.blocks * scalars, *vectors)
+
+    def vouched(self) -> range:
+        return range(2, 2 + len(self.late))
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,8 +401,8 @@ KINDS: tuple[type[Message], ...] = (
 
 
 def share_bytes(parameters: Parameters) -> int:
-    """Of a share: L elements, and one of each mask of the owner's check."""
-    return (parameters.share_length + parameters.copies) * parameters.field.bytes
+    """Of a share: L elements, one of each mask of the owner's check, and a salt."""
+    return (parameters.share_length + parameters.copies) * parameters.field.bytes + SALT
 
 
 def sealed_share_bytes(parameters: Parameters) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from anabranch.aggregate.secure.errors import cbor
 from anabranch_kernels.field_coding.op import BABYBEAR, FIELDS, Code, Field, FixedPoint
 
-VERSION = 1
+VERSION = 2
 MOST_ELEMENTS = 1 << 31  # of a vector
 SOUNDNESS_BITS = 100  # a random check passes for a wrong value with a probability of at most 2^-100
 
@@ -113,7 +113,7 @@ class Parameters:
     @property
     def copies(self) -> int:
         """Independent projections that make a check as sound as SOUNDNESS_BITS say: 4 for fields of 31 bits."""
-        return -(-SOUNDNESS_BITS // (self.field.bits - 2))  # tensor projections fail with 2 / p each
+        return -(-SOUNDNESS_BITS // (self.field.bits - 2))  # each of a tensor fails with 2 / 2^(bits - 1)
 
     @cached_property
     def code(self) -> Code:

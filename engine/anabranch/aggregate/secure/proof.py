@@ -1,13 +1,13 @@
 """Random projections that stand for long vectors, words of them that must lie on one polynomial, and linear MACs.
 
-Two vectors that differ have different projections <rho, .> but with probability 1 / p for each random rho, so `copies`
-independent ones decide. A word is one projection for each client. Projections are linear: the word of the clients' sums
-is itself coded, any K + T of its letters give the projections of the K blocks of the sum, and the others must agree.
+Two vectors that differ have different projections <rho, .> but with probability 2^-(bits - 1) for each random rho, so
+`copies` independent ones decide. A word is one projection for each client. Projections are linear: the word of the
+clients' sums is itself coded, any K + T of its letters give the projections of the K blocks of the sum, and the others
+must agree.
 """
 
 from collections.abc import Sequence
 from hashlib import sha256
-from math import isqrt
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from anabranch_kernels.field_coding.code import Code, checking_matrix, correct
 from anabranch_kernels.field_coding.op import Field, decode, matrix_of, multiply
 
 Letters = Tensor  # [n, C]: C words of the same n clients
+FOLD = 32  # a long row is a matrix of so many rows for the owner's check: few, as then its projection is one long pass
 
 
 def digest_of(label: str, *parts: bytes) -> bytes:
@@ -25,27 +26,35 @@ def digest_of(label: str, *parts: bytes) -> bytes:
     return sha256(b"svafd/" + label.encode() + b"\0" + b"".join(parts)).digest()
 
 
-def project(rows: Tensor, seed: bytes, parameters: Parameters) -> Tensor:
-    """rows [M, L] times uniform rho [L, copies], expanded from the seed: [M, copies]."""
-    L, C = rows.shape[1], parameters.copies
-    return multiply(rows, KeyStream(seed).elements(L * C, parameters.field).view(L, C), parameters.field)
+def challenge(seed: bytes, parameters: Parameters) -> Tensor:
+    """Random rho [copies, L] for projections of blocks and shares, from the seed."""
+    C, L = parameters.copies, parameters.share_length
+    return KeyStream(seed).challenges(C * L, parameters.field).view(C, L)
 
 
-def square(length: int) -> int:
-    """The least w with w * w >= length."""
-    return isqrt(length - 1) + 1
+def project(rows: Tensor, rho: Tensor, parameters: Parameters) -> Tensor:
+    """rows [M, L] times rho [copies, L], each with each: [M, copies]."""
+    return multiply(rows, rho.T, parameters.field)
 
 
-def project_square(row: Tensor, seed: bytes, parameters: Parameters) -> Tensor:
-    """row [w * w] times rho = r (x) s for each copy, r and s [w] uniform from the seed: [copies].
+def folded(length: int) -> int:
+    """The least multiple of FOLD from `length` on."""
+    return -(-length // FOLD) * FOLD
 
-    For many rows with a seed each: 2 w random elements replace w * w. Two vectors that differ go together with
-    probability at most 2 / p (Schwartz and Zippel: the difference is a polynomial of degree two in r and s).
+
+def project_each(rows: Tensor, seeds: Sequence[bytes], parameters: Parameters) -> Tensor:
+    """Each row [FOLD * w] of rows [n, FOLD * w] times a rho = r (x) s of its own for each copy: [n, copies].
+
+    r [FOLD] and s [w] come from the row's seed: FOLD + w random elements replace FOLD * w. Two vectors that differ go
+    together with probability at most 2 / 2^(bits - 1) (Schwartz and Zippel: the difference is a polynomial of degree
+    two in r and s). All n * copies folded rows then meet all r, of which few products are kept: less work than n calls.
     """
-    w, C, field = isqrt(row.shape[0]), parameters.copies, parameters.field
-    random = KeyStream(seed).elements(2 * w * C, field).view(2, C, w)
-    half = multiply(random[0], row.view(w, w), field)
-    return multiply(half, random[1].T.contiguous(), field).diagonal()
+    n, w, C, field = len(seeds), rows.shape[1] // FOLD, parameters.copies, parameters.field
+    random = [KeyStream(seed).challenges(C * (FOLD + w), field).view(C, FOLD + w) for seed in seeds]
+    half = [multiply(row.view(FOLD, w), one[:, FOLD:].T, field) for row, one in zip(rows, random, strict=True)]
+    r = torch.stack([one[:, :FOLD] for one in random])
+    whole = multiply(r.view(n * C, FOLD), torch.cat(half, 1), field)  # [n * C, n * C]
+    return whole.diagonal().reshape(n, C)
 
 
 def consistent(code: Code, clients: Sequence[int], letters: Letters) -> Tensor | None:

@@ -22,9 +22,10 @@ from anabranch.aggregate.secure.errors import ProtocolError
 from anabranch.aggregate.secure.keys import Identity, Randomness
 from anabranch.aggregate.secure.outcome import Outcome, View, check_view, correctable
 from anabranch.aggregate.secure.parameters import Parameters
-from anabranch.aggregate.secure.proof import locate, project
-from anabranch.aggregate.secure.wire import Frame, Part, name, receive, to_bytes, to_elements, write
+from anabranch.aggregate.secure.proof import challenge, locate, project
+from anabranch.aggregate.secure.wire import Frame, Part, digests_of, name, receive, to_bytes, to_elements, write
 from anabranch_kernels.field_coding.op import decode, matrix_of, multiply
+from anabranch_kernels.memory import prefer_huge_pages
 
 Outgoing = dict[int, bytes]  # client -> message
 
@@ -37,9 +38,30 @@ class _Round:
     weights: tuple[int, ...]
     answers: dict[int, Frame] = field(default_factory=dict)  # of the step
     shares: dict[int, Frame] = field(default_factory=dict)
+    masked: Tensor | None = None  # [N, K * L], in mask mode
     excluded: dict[int, str] = field(default_factory=dict)
     view: View | None = None
+    sums: "_Sums | None" = None
     claim: verify.Claim | None = None
+
+
+@dataclass(kw_only=True)
+class _Sums:
+    """Coded sums in the order of their arrival: rows [N, L], and a projection [copies] of each by a secret rho.
+
+    Nobody could make wrong sums that go together under a rho that only the server knows. Each is projected when it
+    arrives: it is in the cache then, and others are waited for anyway.
+    """
+
+    rows: Tensor
+    rho: Tensor
+    letters: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, client: int, data: Part, parameters: Parameters) -> None:
+        """Nothing is added that is not canonical."""
+        row = self.rows[len(self.letters)]
+        if to_elements(data, parameters.field, out=row) is not None:
+            self.letters[client] = project(row[None], self.rho, parameters)[0]
 
 
 class Server:
@@ -83,13 +105,16 @@ class Server:
         if frame.header.sender in now.answers:
             raise ProtocolError(who, f"sent {type(message).__name__} twice")
         self._check(frame)
+        if isinstance(message, m.Sum):
+            assert now.sums is not None
+            now.sums.add(frame.header.sender, frame.parts[0], p)
         now.answers[frame.header.sender] = frame
 
     def _check(self, frame: Frame) -> None:
         """Raises ProtocolError for answers that can be seen to be wrong at once."""
         now, message, sender = self._round, frame.header.message, frame.header.sender
         who = name(sender, self._parameters)
-        if isinstance(message, m.Shares) and not self._canonical(frame.parts[len(message.recipients) :]):
+        if isinstance(message, m.Shares) and not self._take(sender, frame.parts[len(message.recipients) :]):
             raise ProtocolError(who, "its masked vector or its tag has elements that are not canonical")
         if isinstance(message, m.Check) and not set(message.owners) <= set(now.shares):
             raise ProtocolError(who, "speaks of vectors that were not shared")
@@ -142,14 +167,12 @@ class Server:
                     chosen.append(i)
                     parts.append(owners[i].parts[k])
                     digests.append(owners[i].header.digests[k])
-            delivery = m.Delivery(
-                tuple(chosen), tuple(owners[i].signed for i in chosen), tuple(owners[i].signature for i in chosen)
-            )
+            delivery = m.Delivery(tuple(chosen), tuple(owners[i].signed for i in chosen))
             outgoing[j] = self._write(delivery, parts, j, digests).encode()
         for i in range(p.clients):
             if i not in owners:
                 now.excluded[i] = "sent no Shares" if now.weights[i] else "filtered out"
-        now.shares = {i: _kept(frame) for i, frame in owners.items()}
+        now.shares = {i: _kept(frame, p) for i, frame in owners.items()}
         return outgoing, m.Check
 
     def _propose(self, checks: dict[int, Frame]) -> tuple[Outgoing, type[m.Message] | None]:
@@ -178,7 +201,10 @@ class Server:
         return self._to_all(proposal, (), checks), m.Agreement
 
     def _quorum(self, agreements: dict[int, Frame]) -> tuple[Outgoing, type[m.Message] | None]:
-        _need(agreements, self._parameters.quorum, "signatures")
+        p = self._parameters
+        _need(agreements, p.quorum, "signatures")
+        rows = prefer_huge_pages(torch.empty(p.clients, p.share_length, dtype=p.field.dtype))
+        self._round.sums = _Sums(rows=rows, rho=challenge(self._randomness(32), p))
         signers = tuple(sorted(agreements))
         quorum = m.Quorum(signers, tuple(agreements[j].signature for j in signers))
         return self._to_all(quorum, (), agreements), m.Sum
@@ -186,19 +212,20 @@ class Server:
     def _result(self, sums: dict[int, Frame]) -> tuple[Outgoing, type[m.Message] | None]:
         p, now = self._parameters, self._round
         assert now.view is not None
-        members, rows = self._canonical_sums(sums)
+        assert now.sums is not None
+        arrived, letters = tuple(now.sums.letters), now.sums.letters
+        members = tuple(sorted(arrived))
         errors = correctable(members, p)
-        private = project(rows, self._randomness(32), p)  # nobody could make sums that go together under this one
-        wrong = locate(p.code, members, private, errors)
+        wrong = locate(p.code, members, torch.stack([letters[j] for j in members]), errors)
         if wrong is None:
             raise ProtocolError("server", f"more than {errors} of {len(members)} coded sums are wrong")
-        good = [row for row, j in enumerate(members) if j not in wrong][: p.code.threshold]
+        good = [row for row, j in enumerate(arrived) if j not in wrong][: p.code.threshold]
+        rows = now.sums.rows
         chosen = rows[good] if good != list(range(len(good))) else rows[: len(good)]
-        blocks = decode(chosen, [members[row] for row in good], p.code)
-        parts: list[Part]
+        blocks = decode(chosen, [arrived[row] for row in good], p.code)
         if p.mode == "mask":
             blocks = self._unmask(blocks)
-        parts = [to_bytes(blocks)]
+        parts: list[Part] = [to_bytes(block) for block in blocks]
         if p.proof == "V1":
             tags = [to_elements(now.shares[i].parts[-1], p.field) for i in now.view.accepted]
             parts.append(to_bytes(self._weighted(tags)))
@@ -210,7 +237,7 @@ class Server:
             wrong,
         )
         frame = self._write(result, parts, None)
-        now.claim = verify.Claim(blocks=blocks, tag=None, result=result, digest=frame.digest)
+        now.claim = verify.Claim(parameters=p, blocks=blocks, tag=None, result=result, digest=frame.digest)
         if p.proof == "V2":
             return self._broadcast(frame, sums), m.Projection
         self._finish(now.view, now.claim)
@@ -220,7 +247,23 @@ class Server:
         p, now = self._parameters, self._round
         assert now.view is not None
         assert now.claim is not None
-        letters = {j: letter for j in sorted(projections) if (letter := self._letter(j, projections[j])) is not None}
+        words = {j: to_elements(projections[j].parts[0], p.field) for j in sorted(projections)}
+        letters = {j: word for j, word in words.items() if word is not None}
+        try:
+            frame = self._gather(projections, letters)
+        except ProtocolError:  # maybe since an owner lies about its masked vector, which takes long to find out
+            right = {j: word for j, word in letters.items() if self._is_right(j, projections[j])}
+            if len(right) == len(letters):
+                raise
+            frame = self._gather(projections, right)
+        self._finish(now.view, now.claim)
+        return self._broadcast(frame, projections), None
+
+    def _gather(self, projections: dict[int, Frame], letters: dict[int, Tensor]) -> Frame:
+        """The proof from the projections of these clients, if it is one."""
+        p, now = self._parameters, self._round
+        assert now.view is not None
+        assert now.claim is not None
         members = tuple(letters)
         errors = correctable(members, p)
         wrong = locate(p.code, members, torch.stack(list(letters.values())), errors)
@@ -231,23 +274,24 @@ class Server:
         proof = m.Proof(members, tuple(projections[j].signature for j in members), wrong, masked, late)
         parts: list[Part] = [b"".join(projections[j].parts[0] for j in members)]
         parts.append(b"".join(projections[j].parts[1] for j in masked))
-        parts += [self._masked(i) for i in late]
-        frame = self._write(proof, parts, None)
+        digests = [*digests_of(parts), *(self._masked(i)[1] for i in late)]
+        parts += [self._masked(i)[0] for i in late]
+        frame = self._write(proof, parts, None, digests)
         self._conclude(now.view, now.claim, proof, frame)
-        return self._broadcast(frame, projections), None
+        return frame
 
-    def _canonical(self, parts: Sequence[Part]) -> bool:
-        return all(to_elements(part, self._parameters.field) is not None for part in parts)
-
-    def _canonical_sums(self, sums: dict[int, Frame]) -> tuple[tuple[int, ...], Tensor]:
-        """Clients whose sums are elements of the field, and those sums [n, L]."""
-        p = self._parameters
-        rows = torch.empty(len(sums), p.share_length, dtype=p.field.dtype)
-        members: list[int] = []
-        for j in sorted(sums):
-            if to_elements(sums[j].parts[0], p.field, out=rows[len(members)]) is not None:
-                members.append(j)
-        return tuple(members), rows[: len(members)]
+    def _take(self, owner: int, parts: Sequence[Part]) -> bool:
+        """Keep an owner's masked vector; whether that and its tag are canonical."""
+        p, now = self._parameters, self._round
+        if p.mode == "direct":
+            return all(to_elements(part, p.field) is not None for part in parts)
+        if now.masked is None:
+            now.masked = prefer_huge_pages(torch.zeros(p.clients, p.blocks * p.share_length, dtype=p.field.dtype))
+        masked, *tags = parts
+        return (
+            all(to_elements(tag, p.field) is not None for tag in tags)
+            and to_elements(masked, p.field, out=now.masked[owner]) is not None
+        )
 
     def _weighted(self, rows: Sequence[Tensor | None], minus: Tensor | None = None) -> Tensor:
         """Weighted sum of one row [n] for each accepted client, less another one."""
@@ -260,32 +304,42 @@ class Server:
 
     def _unmask(self, mask: Tensor) -> Tensor:
         """The sum of the masked vectors less the sum of the masks: [K, L]."""
-        p, view = self._parameters, self._round.view
+        view, p = self._round.view, self._parameters
         assert view is not None
-        masked = [to_elements(self._masked(i), p.field) for i in view.accepted]
-        return self._weighted(masked, minus=mask.view(-1)).view(mask.shape)
+        both = torch.stack([self._sum_of_masked(view.accepted), mask.view(-1)])
+        return multiply(matrix_of([[1, p.field.p - 1]], p.field, mask.device), both, p.field).view(mask.shape)
 
-    def _masked(self, owner: int) -> Part:
-        """The masked vector that an owner sent."""
-        message = self._round.shares[owner].header.message
-        assert isinstance(message, m.Shares)
-        return self._round.shares[owner].parts[len(message.recipients)]
+    def _sum_of_masked(self, owners: Sequence[int]) -> Tensor:
+        """The weighted sum [K * L] of these owners' masked vectors, in one product."""
+        view, p = self._round.view, self._parameters
+        assert view is not None
+        assert self._round.masked is not None
+        weights = [0] * p.clients
+        for owner in owners:
+            weights[owner] = view.weights[view.accepted.index(owner)]
+        return multiply(matrix_of([weights], p.field, self._round.masked.device), self._round.masked, p.field)[0]
 
-    def _letter(self, client: int, projection: Frame) -> Tensor | None:
-        """A client's projection [copies], unless it is none or the client lies about its masked vector."""
-        p, claim = self._parameters, self._round.claim
+    def _masked(self, owner: int) -> tuple[Part, bytes]:
+        """The masked vector that an owner sent, and its digest."""
+        header = self._round.shares[owner].header
+        assert isinstance(header.message, m.Shares)
+        assert self._round.masked is not None
+        return to_bytes(self._round.masked[owner]), header.digests[len(header.message.recipients)]
+
+    def _is_right(self, client: int, projection: Frame) -> bool:
+        """Whether what a client says about its masked vector, if anything, is right."""
+        p, claim, masked = self._parameters, self._round.claim, self._round.masked
         assert claim is not None
-        if len(projection.parts) == 2:
-            masked = to_elements(self._masked(client), p.field)
-            assert masked is not None  # or its Shares had been refused
-            if to_bytes(project(masked.view(p.blocks, -1), claim.seed, p)) != projection.parts[1]:
-                return None
-        return to_elements(projection.parts[0], p.field)
+        if len(projection.parts) == 1:
+            return True
+        assert masked is not None
+        return to_bytes(claim.project(masked[client].view(p.blocks, -1))) == projection.parts[1]
 
     def _conclude(self, view: View, claim: verify.Claim, proof: m.Proof, frame: Frame) -> None:
         """Check as the clients will, whose signatures have been checked on arrival."""
-        verify.check_fit(claim, view, proof, frame.parts, self._round.shares, self._parameters)
-        self._finish(view, claim)
+        p = self._parameters
+        late = self._sum_of_masked(proof.late).view(p.blocks, -1) if proof.late else None
+        verify.check_fit(claim, view, proof, frame.parts, late, p)
 
     def _finish(self, view: View, claim: verify.Claim) -> None:
         p = self._parameters
@@ -324,10 +378,11 @@ def _need(answers: Sequence[int] | Mapping[int, Frame], least: int, what: str) -
         raise ProtocolError("server", f"has {len(answers)} {what}; {least} are needed")
 
 
-def _kept(shares: Frame) -> Frame:
-    """Shares without the sealed ones, which are delivered: the bytes they came in can go."""
+def _kept(shares: Frame, parameters: Parameters) -> Frame:
+    """Shares without the sealed ones, which are delivered, and the masked vector: the bytes they came in can go."""
     message = shares.header.message
     assert isinstance(message, m.Shares)
     sealed = len(message.recipients)
-    parts = (b"",) * sealed + tuple(bytes(part) for part in shares.parts[sealed:])
+    masked = parameters.mode == "mask"
+    parts = (b"",) * (sealed + masked) + tuple(bytes(part) for part in shares.parts[sealed + masked :])
     return Frame(header=shares.header, signature=shares.signature, parts=parts, signed=shares.signed)

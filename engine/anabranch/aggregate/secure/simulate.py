@@ -19,7 +19,7 @@ from anabranch.aggregate.secure.keys import Identity
 from anabranch.aggregate.secure.local import meet, run_round
 from anabranch.aggregate.secure.outcome import Outcome
 from anabranch.aggregate.secure.parameters import Mode, Parameters, Proof
-from anabranch.aggregate.secure.proof import locate, project
+from anabranch.aggregate.secure.proof import challenge, locate, project
 from anabranch.aggregate.secure.server import Server
 from anabranch.aggregate.secure.wire import Part
 from anabranch_kernels.field_coding.op import FIELDS, FixedPoint, decode, encode
@@ -249,7 +249,7 @@ def _location(parameters: Parameters, repeats: int = 5) -> tuple[float, float]:
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         start = time.perf_counter()
-        wrong = locate(code, members, project(sums, secrets.token_bytes(32), p), p.errors)
+        wrong = locate(code, members, project(sums, challenge(secrets.token_bytes(32), p), p), p.errors)
         between = time.perf_counter()
         decode(sums[p.errors : p.errors + code.threshold], members[p.errors : p.errors + code.threshold], code)
         seconds[1].append(time.perf_counter() - between)

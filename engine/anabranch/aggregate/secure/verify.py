@@ -10,8 +10,9 @@ The owners say <rho, M_ik>; of owners who fell silent, M_i itself is shown, as t
 """
 
 import hmac
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 
 import torch
@@ -22,24 +23,33 @@ from anabranch.aggregate.secure.errors import ProtocolError
 from anabranch.aggregate.secure.keys import is_signed
 from anabranch.aggregate.secure.outcome import View, correctable
 from anabranch.aggregate.secure.parameters import Parameters
-from anabranch.aggregate.secure.proof import consistent, digest_of, mac, mac_key, mac_mask, project
+from anabranch.aggregate.secure.proof import challenge, consistent, digest_of, mac, mac_key, mac_mask, project
+from anabranch.aggregate.secure.threads import each
 from anabranch.aggregate.secure.wire import Frame, Header, Part, name, to_bytes, to_elements
 from anabranch_kernels.field_coding.op import matrix_of, multiply
+from anabranch_kernels.memory import prefer_huge_pages
+
+AS_LONG_AS = 160_000  # bytes are hashed in the time that a signature takes to verify
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """A sum that the server claims: blocks [K, L], and the message that says so."""
 
+    parameters: Parameters
     blocks: Tensor
     tag: Tensor | None  # [copies], for V1
     result: m.Result
     digest: bytes  # of the message
 
-    @property
-    def seed(self) -> bytes:
-        """Of rho."""
-        return digest_of("sum", self.digest)
+    @cached_property
+    def rho(self) -> Tensor:
+        """[copies, L], by the digest."""
+        return challenge(digest_of("sum", self.digest), self.parameters)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Of rows [M, L], for V2: [M, copies]."""
+        return project(rows, self.rho, self.parameters)
 
 
 def said(
@@ -47,6 +57,19 @@ def said(
 ) -> bool:
     """Whether this client signed this message to the server."""
     return said_with(message, tuple(sha256(part).digest() for part in parts), signature, client, number, parameters)
+
+
+def first_unsaid(
+    claims: Sequence[tuple[int, m.Message, tuple[Part, ...], bytes]], number: int, parameters: Parameters
+) -> int | None:
+    """The first client of (client, message, parts, signature) that did not sign its message to the server."""
+
+    def is_said(one: tuple[int, m.Message, tuple[Part, ...], bytes]) -> bool:
+        client, message, parts, signature = one
+        return said(message, parts, signature, client, number, parameters)
+
+    good = each(is_said, claims, AS_LONG_AS)
+    return next((claims[k][0] for k, one in enumerate(good) if not one), None)
 
 
 def said_with(
@@ -68,12 +91,14 @@ def claim_of(result: m.Result, frame: Frame, view: View, parameters: Parameters,
         digest = result.sums[result.members.index(index)]
         if not hmac.compare_digest(digest, sha256(own).digest()):
             raise ProtocolError("server", f"did not use the sum that {name(index, parameters)} sent")
-    blocks = to_elements(frame.parts[0], parameters.field)
-    tag = to_elements(frame.parts[1], parameters.field) if parameters.proof == "V1" else None
-    if blocks is None or (parameters.proof == "V1" and tag is None):
+    K, L, field = parameters.blocks, parameters.share_length, parameters.field
+    blocks = prefer_huge_pages(torch.empty(K, L, dtype=field.dtype))
+    both = list(zip(frame.parts, blocks, strict=False))
+    good = all(each(lambda one: to_elements(one[0], field, out=one[1]) is not None, both, L * field.bytes))
+    tag = to_elements(frame.parts[K], field) if parameters.proof == "V1" else None
+    if not good or (parameters.proof == "V1" and tag is None):
         raise ProtocolError("server", "its result has elements that are not canonical")
-    blocks = blocks.view(parameters.blocks, parameters.share_length)
-    return Claim(blocks=blocks, tag=tag, result=result, digest=frame.digest)
+    return Claim(parameters=parameters, blocks=blocks, tag=tag, result=result, digest=frame.digest)
 
 
 def check_wrong(members: tuple[int, ...], wrong: tuple[int, ...], parameters: Parameters) -> None:
@@ -108,7 +133,8 @@ def check_projections(
 ) -> None:
     """V2: the clients' projections are theirs, fit together, and fit the sum."""
     _check_speakers(claim, view, proof, parts, parameters)
-    check_fit(claim, view, proof, parts, held, parameters)
+    late = _late(view, proof, parts[2:], held, parameters) if proof.late else None
+    check_fit(claim, view, proof, parts, late, parameters)
 
 
 def _check_speakers(claim: Claim, view: View, proof: m.Proof, parts: tuple[Part, ...], parameters: Parameters) -> None:
@@ -118,53 +144,67 @@ def _check_speakers(claim: Claim, view: View, proof: m.Proof, parts: tuple[Part,
     check_wrong(proof.members, proof.wrong, p)
     size = m.scalars_bytes(p)
     words, masked = memoryview(parts[0]), memoryview(parts[1])
+    claims: list[tuple[int, m.Message, tuple[Part, ...], bytes]] = []
     for row, (client, signature) in enumerate(zip(proof.members, proof.signatures, strict=True)):
         own: tuple[Part, ...] = (words[row * size : (row + 1) * size],)
         if client in proof.masked:
             k = proof.masked.index(client)
             own = (*own, masked[k * K * size : (k + 1) * K * size])
-        if not said(m.Projection(claim.digest, len(own) - 1), own, signature, client, view.number, p):
-            raise ProtocolError("server", f"{name(client, p)} did not sign the projection shown")
+        claims.append((client, m.Projection(claim.digest, len(own) - 1), own, signature))
+    if (liar := first_unsaid(claims, view.number, p)) is not None:
+        raise ProtocolError("server", f"{name(liar, p)} did not sign the projection shown")
 
 
 def check_fit(
-    claim: Claim, view: View, proof: m.Proof, parts: tuple[Part, ...], held: Mapping[int, Frame], parameters: Parameters
+    claim: Claim, view: View, proof: m.Proof, parts: Sequence[Part], late: Tensor | None, parameters: Parameters
 ) -> None:
-    """V2 without the signatures, for who has checked them before."""
+    """V2 without the signatures, for who has checked them before.
+
+    late   [K, L], weighted sum of the masked vectors of owners who fell silent
+    """
     p = parameters
-    K, C = p.blocks, p.copies
-    words, masked = memoryview(parts[0]), memoryview(parts[1])
-    letters, of_masked = to_elements(words, p.field), to_elements(masked, p.field)
+    letters, of_masked = to_elements(parts[0], p.field), to_elements(parts[1], p.field)
     if letters is None or of_masked is None:
         raise ProtocolError("server", "its proof has elements that are not canonical")
     kept = [row for row, client in enumerate(proof.members) if client not in proof.wrong]
-    values = consistent(p.code, [proof.members[row] for row in kept], letters.view(-1, C)[kept])
+    values = consistent(p.code, [proof.members[row] for row in kept], letters.view(-1, p.copies)[kept])
     if values is None:
         raise ProtocolError("server", "the projections of the clients' sums do not fit together")
     if p.mode == "mask":
-        rows = dict(zip(proof.masked, of_masked.view(-1, K * C), strict=True))
-        rows |= _late(claim, proof, parts[2:], held, p)
-        if set(rows) != set(view.accepted):
+        if sorted((*proof.masked, *proof.late)) != list(view.accepted):
             raise ProtocolError("server", "its proof does not speak of the masked vectors of the set")
-        weights = matrix_of([[*view.weights, p.field.p - 1]], p.field, letters.device)
-        stacked = torch.stack([*(rows[owner] for owner in view.accepted), values.reshape(-1)])
-        values = multiply(weights, stacked, p.field).view(K, C)
-    if not torch.equal(project(claim.blocks, claim.seed, p), values):
+        weight_of = dict(zip(view.accepted, view.weights, strict=True))
+        weights = [*(weight_of[owner] for owner in proof.masked), p.field.p - 1]
+        rows = [of_masked.view(len(proof.masked), -1), values.reshape(1, -1)]
+        if late is not None:
+            weights.append(1)
+            rows.append(claim.project(late).reshape(1, -1))
+        values = multiply(matrix_of([weights], p.field, values.device), torch.cat(rows), p.field).view(values.shape)
+    if not torch.equal(claim.project(claim.blocks), values):
         raise ProtocolError("server", "its sum is wrong: the clients' projections say otherwise")
 
 
 def _late(
-    claim: Claim, proof: m.Proof, vectors: tuple[Part, ...], held: Mapping[int, Frame], parameters: Parameters
-) -> dict[int, Tensor]:
-    """Projections [K * copies] of the masked vectors that are shown because their owners fell silent."""
-    rows = {}
-    for owner, vector in zip(proof.late, vectors, strict=True):
+    view: View, proof: m.Proof, vectors: Sequence[Part], held: Mapping[int, Frame], parameters: Parameters
+) -> Tensor:
+    """Weighted sum [K, L] of the masked vectors that are shown because their owners fell silent."""
+    p = parameters
+    weight_of = dict(zip(view.accepted, view.weights, strict=True))
+    for owner in proof.late:
         if owner not in held:
-            raise ProtocolError("server", f"this client never saw the Shares of {name(owner, parameters)}")
-        header = held[owner].header
+            raise ProtocolError("server", f"this client never saw the Shares of {name(owner, p)}")
+        if owner not in weight_of:
+            raise ProtocolError("server", "its proof does not speak of the masked vectors of the set")
+    rows = prefer_huge_pages(torch.empty(len(vectors), p.blocks * p.share_length, dtype=p.field.dtype))
+
+    def is_own(k: int) -> bool:
+        header = held[proof.late[k]].header
         assert isinstance(header.message, m.Shares)
-        elements = to_elements(vector, parameters.field)
-        if header.digests[len(header.message.recipients)] != sha256(vector).digest() or elements is None:
-            raise ProtocolError("server", f"the masked vector is not the one of {name(owner, parameters)}")
-        rows[owner] = project(elements.view(parameters.blocks, -1), claim.seed, parameters).reshape(-1)
-    return rows
+        committed = header.digests[len(header.message.recipients)]
+        return committed == sha256(vectors[k]).digest() and to_elements(vectors[k], p.field, out=rows[k]) is not None
+
+    for owner, good in zip(proof.late, each(is_own, range(len(vectors)), m.vector_bytes(p)), strict=True):
+        if not good:
+            raise ProtocolError("server", f"the masked vector is not the one of {name(owner, p)}")
+    weights = matrix_of([[weight_of[owner] for owner in proof.late]], p.field, rows.device)
+    return multiply(weights, rows, p.field).view(p.blocks, p.share_length)

@@ -3,13 +3,15 @@
     u32 length of the header | header | Ed25519 signature of the header, 64 bytes | parts, one after another
     header = [version, kind, p, parameters' digest, round, sender, recipient, body, [SHA-256 of each part]]
 
+Sealed shares, and parts that are passed on, have the digest that their first sender committed to (Message.vouched).
 How long each part is follows from the parameters and the body, so nothing in a message can be written in two ways: what
 decodes encodes to the same bytes. Parts are views into the bytes received; vectors are little-endian elements.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,9 @@ from anabranch.aggregate.secure.errors import ProtocolError, cbor
 from anabranch.aggregate.secure.keys import Identity, is_signed
 from anabranch.aggregate.secure.messages import KINDS, Malformed, Message, all_octets, integer
 from anabranch.aggregate.secure.parameters import VERSION, Parameters
-from anabranch_kernels.field_coding.op import Field, is_canonical
+from anabranch.aggregate.secure.threads import each
+from anabranch_kernels.field_coding.op import Field
+from anabranch_kernels.memory import prefer_huge_pages
 
 SIGNATURE = 64
 Part = bytes | bytearray | memoryview
@@ -89,33 +93,18 @@ class Frame:
         return sha256(self.signed).digest()
 
 
-class Draft:
-    """A client's message to the server whose parts are filled where they will lie: long parts are not copied."""
-
-    def __init__(self, message: Message, *, parameters: Parameters, number: int, sender: int) -> None:
-        lengths = message.lengths(parameters)
-        blank = (bytes(32),) * len(lengths)
-        self._parameters = parameters
-        self._header = Header(
-            number=number, sender=sender, recipient=parameters.clients, message=message, digests=blank
-        )
-        start = 4 + len(self._header.encode(parameters)) + SIGNATURE  # digests do not change the header's length
-        self._data = bytearray(start + sum(lengths))
-        view = memoryview(self._data)
-        self.parts: list[memoryview] = []
-        for length in lengths:
-            self.parts.append(view[start : start + length])
-            start += length
-
-    def sign(self, identity: Identity) -> tuple[Frame, bytearray]:
-        """The message without its parts, and all its bytes."""
-        digests = tuple(sha256(part).digest() for part in self.parts)
-        header = replace(self._header, digests=digests)
-        signed = header.encode(self._parameters)
-        frame = Frame(header=header, signature=identity.sign(signed), parts=(), signed=signed)
-        front = frame.encode()
-        self._data[: len(front)] = front
-        return frame, self._data
+def blank(frame: Frame, parameters: Parameters) -> tuple[memoryview, list[memoryview]]:
+    """The bytes of a message whose header is known and whose parts are not, and those parts, to be filled there."""
+    lengths = frame.header.message.lengths(parameters)
+    front = frame.encode()
+    start = len(front)
+    data = prefer_huge_pages(torch.empty(start + sum(lengths), dtype=torch.uint8)).numpy().data
+    data[:start] = front
+    parts = []
+    for length in lengths:
+        parts.append(data[start : start + length])
+        start += length
+    return data, parts
 
 
 def write(
@@ -131,7 +120,7 @@ def write(
 ) -> Frame:
     """Sign a message. `digests` saves hashing parts whose SHA-256 is known."""
     if digests is None:
-        digests = [sha256(part).digest() for part in parts]
+        digests = digests_of(parts)
     header = Header(number=number, sender=sender, recipient=recipient, message=message, digests=tuple(digests))
     signed = header.encode(parameters)
     return Frame(header=header, signature=identity.sign(signed), parts=tuple(parts), signed=signed)
@@ -173,10 +162,16 @@ def receive(data: Part, parameters: Parameters, *, recipient: int, senders: rang
         raise ProtocolError("unknown sender", f"a message from {name(header.sender, parameters)} to {to}, not for here")
     if not is_signed(frame.signed, frame.signature, public_key(header.sender, parameters)):
         raise ProtocolError("unknown sender", f"not signed by {name(header.sender, parameters)}")
-    for part, digest in zip(frame.parts, header.digests, strict=True):
-        if sha256(part).digest() != digest:
-            raise ProtocolError(name(header.sender, parameters), "a part differs from its digest")
+    vouched = header.message.vouched()
+    own = [k for k in range(len(frame.parts)) if k not in vouched]
+    if digests_of([frame.parts[k] for k in own]) != [header.digests[k] for k in own]:
+        raise ProtocolError(name(header.sender, parameters), "a part differs from its digest")
     return frame
+
+
+def digests_of(parts: Sequence[Part]) -> list[bytes]:
+    """SHA-256 of each."""
+    return each(lambda part: sha256(part).digest(), parts, max(map(len, parts), default=0))
 
 
 def public_key(index: int, parameters: Parameters) -> bytes:
@@ -204,6 +199,15 @@ def to_bytes(elements: Tensor) -> memoryview:
 def to_elements(data: Part, field: Field, out: Tensor | None = None) -> Tensor | None:
     """The bytes of to_bytes as elements [n], written to `out` if given; None if one is not canonical."""
     width = np.dtype(f"<i{field.bytes}")
-    elements = torch.empty(len(data) // field.bytes, dtype=field.dtype) if out is None else out
-    np.copyto(elements.numpy(), np.frombuffer(data, dtype=width))
-    return elements if is_canonical(elements, field) else None
+    found = np.frombuffer(data, dtype=width)
+    if not is_canonical(found, field):
+        return None
+    elements = prefer_huge_pages(torch.empty(len(found), dtype=field.dtype)) if out is None else out
+    np.copyto(elements.numpy(), found)
+    return elements
+
+
+def is_canonical(elements: "np.ndarray[Any, Any]", field: Field) -> bool:
+    """Whether all are in 0 … p - 1: the largest of them as unsigned numbers. Leaves torch's threads alone."""
+    order = elements.dtype.byteorder
+    return bool(elements.view(f"{order}u{field.bytes}").max(initial=0) < field.p)

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from anabranch.aggregate.secure import client as client_module
 from anabranch.aggregate.secure import messages as m
 from anabranch.aggregate.secure import server as server_module
 from anabranch.aggregate.secure.client import Client
 from anabranch.aggregate.secure.errors import ProtocolError
 from anabranch.aggregate.secure.server import Server
-from anabranch.aggregate.secure.wire import read, write
+from anabranch.aggregate.secure.wire import Header, digests_of, read, write
 from anabranch_kernels.field_coding.op import BABYBEAR
 
 
@@ -163,6 +164,9 @@ def test_a_message_to_somebody_else_is_refused(session):
     finish(made, deliveries)
 
 
+NOT_FOR_HERE = "the share was not sealed for this client and round, or not with this header"
+
+
 def refusals(made, i, delivery):
     """What client i says about the shares it does not take."""
     return dict(made.message(made.clients[i].receive(delivery)).refused)
@@ -177,7 +181,7 @@ def test_shares_swapped_between_owners(session):
         return delivery
 
     found = refusals(made, 0, made.forge(deliveries[0], swapped))
-    assert found == dict.fromkeys((1, 2), "the share is not the one it committed to")
+    assert found == dict.fromkeys((1, 2), NOT_FOR_HERE)
 
 
 def test_shares_swapped_between_recipients(session):
@@ -190,7 +194,7 @@ def test_shares_swapped_between_recipients(session):
         return delivery
 
     found = refusals(made, 0, made.forge(deliveries[0], swapped))
-    assert found == {2: "the share is not the one it committed to"}
+    assert found == {2: NOT_FOR_HERE}
 
 
 def test_shares_of_an_earlier_round(session):
@@ -207,15 +211,19 @@ def test_shares_of_an_earlier_round(session):
     assert found == dict.fromkeys(range(1, 9), "a header of another round or client")
 
 
-def test_headers_that_their_owner_did_not_sign(session):
-    """Or a server could have an honest owner's shares projected twice, by what it likes."""
+@pytest.mark.parametrize("item", [0, 3])
+def test_headers_that_are_not_their_owner_s(session, item):
+    """Or a server could have an honest owner's shares projected by what it likes, by each client by something else."""
     made = session()
     delivery = made.run_to(m.Delivery)[0]
 
     def changed(delivery, parts):
-        return replace(delivery, signatures=(delivery.signatures[1], *delivery.signatures[1:]))
+        header = Header.decode(delivery.headers[0], made.parameters)
+        digests = [bytes(32) if k == item else digest for k, digest in enumerate(header.digests)]  # its own, another's
+        header = replace(header, digests=tuple(digests)).encode(made.parameters)
+        return replace(delivery, headers=(header, *delivery.headers[1:]))
 
-    assert refusals(made, 0, made.forge(delivery, changed)) == {1: "its signature is not its own"}
+    assert refusals(made, 0, made.forge(delivery, changed)) == {1: NOT_FOR_HERE}
 
 
 class SealsForAnother(Client):
@@ -230,6 +238,19 @@ class SealsForAnother(Client):
             self._peers[0] = honest
 
 
+class CommitsToAnother(Client):
+    """Seals another share for client 0 than it committed to."""
+
+    def _seal(self, number, shares, masked, blocks):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(client_module, "digests_of", self._digests)
+            return super()._seal(number, shares, masked, blocks)
+
+    def _digests(self, parts):
+        digests = digests_of(parts)
+        return [bytes(32), *digests[1:]] if digests else []
+
+
 class NotCanonical(Client):
     """Sends elements that are p too large."""
 
@@ -241,7 +262,11 @@ class NotCanonical(Client):
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [(SealsForAnother, "was not sealed for this client and round"), (NotCanonical, "elements that are not canonical")],
+    [
+        (SealsForAnother, "was not sealed for this client and round"),
+        (CommitsToAnother, "not the one it committed to"),
+        (NotCanonical, "elements that are not canonical"),
+    ],
 )
 def test_an_owner_that_cheats_one_client_is_in_a_dispute_with_it(session, kind, reason):
     made = session(kinds={1: kind})

@@ -26,23 +26,33 @@ def plain(matrix, field):
 def test_projections_are_products_with_the_seed_s_elements(session, field):
     p = session(field=field, met=False).parameters
     C, modulus = p.copies, field.p
-    rows = KeyStream(bytes(32)).elements(3 * 25, field).view(3, 25)
-    rho = plain(KeyStream(b"s" * 32).elements(25 * C, field).view(25, C), field)
-    whole = [
-        [sum(x * r[c] for x, r in zip(row, rho, strict=True)) % modulus for c in range(C)] for row in plain(rows, field)
-    ]
-    assert plain(proof.project(rows, b"s" * 32, p), field) == whole
-    left, right = (plain(half, field) for half in KeyStream(b"s" * 32).elements(2 * 5 * C, field).view(2, C, 5))
-    for row in rows:
-        values = proof.integers(row, field)
-        tensor = [
-            sum(values[5 * a + b] * left[c][a] * right[c][b] for a in range(5) for b in range(5)) for c in range(C)
+    L, F, w = p.share_length, proof.FOLD, 3
+    rows = KeyStream(bytes(32)).elements(3 * L, field).view(3, L)
+    rho = plain(KeyStream(b"s" * 32).challenges(C * L, field).view(C, L), field)
+    whole = [[sum(x * y for x, y in zip(row, r, strict=True)) % modulus for r in rho] for row in plain(rows, field)]
+    assert plain(proof.project(rows, proof.challenge(b"s" * 32, p), p), field) == whole
+    rows = KeyStream(bytes(32)).elements(2 * F * w, field).view(2, F * w)
+    seeds = [b"s" * 32, b"t" * 32]
+    for row, seed, found in zip(
+        plain(rows, field), seeds, plain(proof.project_each(rows, seeds, p), field), strict=True
+    ):
+        random = plain(KeyStream(seed).challenges(C * (F + w), field).view(C, F + w), field)
+        assert found == [
+            sum(row[w * a + b] * one[a] * one[F + b] for a in range(F) for b in range(w)) % modulus for one in random
         ]
-        assert proof.integers(proof.project_square(row, b"s" * 32, p), field) == [x % modulus for x in tensor]
 
 
-def test_squares_are_large_enough():
-    assert [proof.square(n) for n in (1, 2, 4, 5, 9, 10, 10**6, 10**6 + 1)] == [1, 2, 2, 3, 3, 4, 1000, 1001]
+@pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS)
+def test_challenges_come_from_a_set_as_large_as_the_bound_needs(field):
+    """Canonical, of all the bits of 2^(bits - 1) numbers, and no further."""
+    found = proof.integers(KeyStream(bytes(32)).challenges(200, field), field)
+    assert 2 ** (field.bits - 2) < max(found) < 2 ** (field.bits - 1) < field.p
+    assert min(found) < 2 ** (field.bits - 3)
+    assert len(set(found)) == 200
+
+
+def test_rows_fold_without_a_rest():
+    assert [proof.folded(n) for n in (1, 32, 33, 64)] == [32, 32, 64, 64]
 
 
 @given(st.integers(0, 2**30), st.sampled_from([BABYBEAR, GOLDILOCKS, FIELDS["m31"]]), st.integers(0, 3))
