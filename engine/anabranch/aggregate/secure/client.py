@@ -182,7 +182,8 @@ class Client:
             masked = multiply(torch.ones(1, 2, dtype=p.field.dtype), both, p.field).view(p.blocks, L)
             blocks = mask.view(p.blocks, L)
         values[: p.blocks, :L] = blocks
-        values[p.blocks :, :L] = stream.elements(p.privacy * L, p.field).view(p.privacy, L)
+        for noise in values[p.blocks :]:  # one by one: what is short stays in a cache
+            noise[:L] = stream.elements(L, p.field)
         values[:, L : L + C] = stream.elements(U * C, p.field).view(U, C)  # polynomials that hide the owner's check
         values[:, L + C :] = 0
         shares = encode(values, p.code)

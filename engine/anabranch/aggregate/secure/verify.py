@@ -93,8 +93,7 @@ def claim_of(result: m.Result, frame: Frame, view: View, parameters: Parameters,
             raise ProtocolError("server", f"did not use the sum that {name(index, parameters)} sent")
     K, L, field = parameters.blocks, parameters.share_length, parameters.field
     blocks = prefer_huge_pages(torch.empty(K, L, dtype=field.dtype))
-    both = list(zip(frame.parts, blocks, strict=False))
-    good = all(each(lambda one: to_elements(one[0], field, out=one[1]) is not None, both, L * field.bytes))
+    good = all(to_elements(part, field, out=row) is not None for part, row in zip(frame.parts, blocks, strict=False))
     tag = to_elements(frame.parts[K], field) if parameters.proof == "V1" else None
     if not good or (parameters.proof == "V1" and tag is None):
         raise ProtocolError("server", "its result has elements that are not canonical")
