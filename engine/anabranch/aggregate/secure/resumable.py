@@ -109,7 +109,8 @@ class ResumableClient(Client):
         if claim is not None:
             blocks = self._elements(claim[0]).view(p.blocks, p.share_length)
             result = m.Result.of(claim[1], p)
-            now.claim = verify.Claim(blocks=blocks, tag=None, result=result, digest=claim[2])  # V2 alone keeps one
+            # V2 alone keeps one.
+            now.claim = verify.Claim(parameters=p, blocks=blocks, tag=None, result=result, digest=claim[2])
         return now
 
     def _elements(self, data: bytes) -> Tensor:

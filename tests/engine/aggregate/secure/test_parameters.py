@@ -64,7 +64,7 @@ def test_other_bytes_are_no_parameters():
     plain = cbor2.loads(make().encode())
     for change in (
         {"session": [1] * 16}, {"server": [1] * 32}, {"length": 10.0}, {"blocks": True}, {"weights": [1.0] * 9},
-        {"identities": [list(key(i)) for i in range(9)]}, {"clip": "1"}, {"p": 97}, {"version": 2}, {"more": 1},
+        {"identities": [list(key(i)) for i in range(9)]}, {"clip": "1"}, {"p": 97}, {"version": 1}, {"more": 1},
         {"field": "m13"}, {"privacy": 99}, {"fraction_bits": 60},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="no parameters"):
