@@ -37,9 +37,8 @@ struct Kernels {
   void (*gram)(const GramCall&, int b, int64_t begin, int64_t end, float* scratch, double* sums);
   int64_t (*combine_scratch_floats)();
   void (*combine)(const CombineCall&, int b, const Addend*, int addends, int64_t begin, int64_t end, float* scratch);
-  void (*widen_row)(const RowTable&, int64_t index, float* to);
-  void (*row_dots)(const RowTable&, const int32_t* index, int first, int count, const float* x, int64_t x_row, int tokens,
-                   float* to, int64_t to_row);
+  void (*row_dots)(const RowTable&, const int32_t* index, int64_t index_row, int first, int count, const RowTable& x,
+                   const int* token, int tokens, float* to, int64_t to_row);
   void (*row_sums)(const RowTable&, const int32_t* index, int first, const float* factors, int count, int begin, int end,
                    void* y, Type y_type, bool add);
   void (*route)(float* scores, const float* bias, const AdapterPlace&, int32_t* picked, float* gates);

@@ -70,7 +70,6 @@ constexpr Kernels kernels_of() {
       [](const CombineCall& call, int b, const Addend* addends, int count, int64_t begin, int64_t end, float* scratch) {
         CombineKernel<S>(call).add(b, addends, count, begin, end, scratch);
       },
-      RankLoraKernel<S>::widen_row,
       RankLoraKernel<S>::dots,
       [](const RowTable& table, const int32_t* index, int first, const float* factors, int count, int begin, int end,
          void* y, Type y_type, bool add) {

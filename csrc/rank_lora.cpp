@@ -10,7 +10,7 @@
 namespace anabranch {
 namespace {
 
-constexpr int kTokens = 8;      // of a task
+constexpr int kTokens = 64, kFewTokens = 4;  // of a task: most, and fewest where there are more
 constexpr int kColumns = 1024;  // of y that a task writes, where tokens alone are too few tasks
 
 struct Item {
@@ -34,8 +34,8 @@ std::string what_is_wrong(const RankLoraCall& call) {
   return {};
 }
 
-// Tokens that have an adapter, adapter by adapter, and tasks of at most kTokens of them.
-std::vector<Item> items_of(const RankLoraCall& call, std::vector<int>& order) {
+// Tokens that have an adapter, adapter by adapter, and tasks of some of them: as many as give every thread its share.
+std::vector<Item> items_of(const RankLoraCall& call, int threads, std::vector<int>& order) {
   std::vector<int> first(call.adapters + 1);
   for (int t = 0; t < call.T; ++t)
     if (call.adapter_of[t] >= 0) ++first[call.adapter_of[t] + 1];
@@ -44,24 +44,26 @@ std::vector<Item> items_of(const RankLoraCall& call, std::vector<int>& order) {
   std::vector<int> next = first;
   for (int t = 0; t < call.T; ++t)
     if (call.adapter_of[t] >= 0) order[next[call.adapter_of[t]]++] = t;
+  const int share = (first.back() + threads - 1) / threads, tokens = std::clamp(share, kFewTokens, kTokens);
   std::vector<Item> items;
   for (int a = 0; a < call.adapters; ++a)
-    for (int at = first[a]; at < first[a + 1]; at += kTokens)
-      items.push_back({a, at, std::min(at + kTokens, first[a + 1])});
+    for (int at = first[a]; at < first[a + 1]; at += tokens)
+      items.push_back({a, at, std::min(at + tokens, first[a + 1])});
   return items;
 }
 
-// The rows of `a` and `b` that token t uses; null where it uses all of its adapter's.
-const int32_t* ranks_of(const RankLoraCall& call, const AdapterPlace& place, int t, int32_t* ranks) {
-  if (static_cast<Gate>(place.gate) == Gate::constant) return nullptr;
+// The rows of `a` and `b` that token t uses; nothing where it uses all of its adapter's.
+void list_ranks(const RankLoraCall& call, const AdapterPlace& place, int64_t t, int32_t* ranks) {
+  if (static_cast<Gate>(place.gate) == Gate::constant) return;
   const int block = place.ranks / place.rows;
   for (int c = 0; c < place.chosen; ++c)
     for (int q = 0; q < block; ++q)
-      ranks[c * block + q] = place.first_rank + call.picked[int64_t{t} * call.chosen + c] * block + q;
-  return ranks;
+      ranks[c * block + q] = place.first_rank + call.picked[t * call.chosen + c] * block + q;
 }
 
-int active(const AdapterPlace& place) { return place.rows == 0 ? place.ranks : place.chosen * (place.ranks / place.rows); }
+int active(const AdapterPlace& place) {
+  return place.rows == 0 ? place.ranks : place.chosen * (place.ranks / place.rows);
+}
 
 }  // namespace
 
@@ -82,9 +84,11 @@ std::string rank_lora(const RankLoraCall& asked, Isa isa, int threads) {
     std::fill_n(call.h, most_active, 0.0f);
   }
   std::vector<int> order;
-  const std::vector<Item> items = items_of(call, order);
-  const int64_t x_row = round_up(call.x.width, 16);
-  const int64_t floats = kTokens * (x_row + round_up(std::max(call.groups, call.active), 16)) + round_up(call.active, 16);
+  const std::vector<Item> items = items_of(call, threads, order);
+  int widest = call.active, longest = 0;
+  for (int a = 0; a < call.adapters; ++a) widest = std::max(widest, call.places[a].rows);
+  for (const Item& item : items) longest = std::max(longest, item.end - item.begin);
+  const int64_t lists = longest * round_up(widest, 16), floats = lists + longest * round_up(call.active, 16);
   const AlignedFloats scratch(floats * threads);
   const auto y_of = [&](int64_t t) { return static_cast<char*>(call.y) + t * call.y_row * size_of(call.b.type); };
 
@@ -92,24 +96,23 @@ std::string rank_lora(const RankLoraCall& asked, Isa isa, int threads) {
     const Item& item = items[task];
     const AdapterPlace& place = call.places[item.adapter];
     const int tokens = item.end - item.begin, ranks = active(place);
-    float* x = scratch.data() + thread * floats;
-    float* sums = x + kTokens * x_row;
-    int32_t* listed = reinterpret_cast<int32_t*>(sums + kTokens * round_up(std::max(call.groups, call.active), 16));
-    for (int m = 0; m < tokens; ++m) kernels.widen_row(call.x, order[item.begin + m], x + m * x_row);
+    float* sums = scratch.data() + thread * floats;
+    int32_t* listed = reinterpret_cast<int32_t*>(sums + lists);
+    const int* token = order.data() + item.begin;
     if (place.rows == 0) {
-      kernels.row_dots(call.a, nullptr, place.first_rank, ranks, x, x_row, tokens, sums, ranks);
-      for (int m = 0; m < tokens; ++m)
-        std::copy_n(sums + m * ranks, ranks, call.h + int64_t{order[item.begin + m]} * call.active);
+      kernels.row_dots(call.a, nullptr, 0, place.first_rank, ranks, call.x, token, tokens, sums, ranks);
+      for (int m = 0; m < tokens; ++m) std::copy_n(sums + m * ranks, ranks, call.h + int64_t{token[m]} * call.active);
       return;
     }
-    kernels.row_dots(call.router, nullptr, place.first_row, place.rows, x, x_row, tokens, sums, place.rows);
+    kernels.row_dots(call.router, nullptr, 0, place.first_row, place.rows, call.x, token, tokens, sums, place.rows);
     for (int m = 0; m < tokens; ++m) {
-      const int64_t t = order[item.begin + m];
+      const int64_t t = token[m];
       kernels.route(sums + m * place.rows, call.bias + place.first_row, place, call.picked + t * call.chosen,
                     call.gates + t * call.chosen);
-      const int32_t* rows = ranks_of(call, place, static_cast<int>(t), listed);
-      kernels.row_dots(call.a, rows, 0, ranks, x + m * x_row, x_row, 1, call.h + t * call.active, ranks);
+      list_ranks(call, place, t, listed + m * ranks);
     }
+    kernels.row_dots(call.a, listed, ranks, 0, ranks, call.x, token, tokens, sums, ranks);
+    for (int m = 0; m < tokens; ++m) std::copy_n(sums + m * ranks, ranks, call.h + int64_t{token[m]} * call.active);
   });
 
   const int parts = static_cast<int>(items.size()) >= threads ? 1 : (call.b.width + kColumns - 1) / kColumns;
@@ -120,20 +123,21 @@ std::string rank_lora(const RankLoraCall& asked, Isa isa, int threads) {
     const int ranks = active(place), block = place.rows == 0 ? 1 : place.ranks / place.rows;
     const float scale = call.scales[item.adapter];
     float* factors = scratch.data() + thread * floats;
-    int32_t* listed = reinterpret_cast<int32_t*>(factors + round_up(call.active, 16));
+    int32_t* listed = reinterpret_cast<int32_t*>(factors + lists);
+    for (int m = 0; m < item.end - item.begin; ++m) {
+      const int64_t t = order[item.begin + m];
+      const float *h = call.h + t * call.active, *gates = call.gates + t * call.chosen;
+      for (int i = 0; i < ranks; ++i)
+        factors[m * ranks + i] = scale * h[i] * (place.rows == 0 ? 1.0f : gates[i / block]);
+      list_ranks(call, place, t, listed + m * ranks);
+    }
     const int begin = task % parts * width, end = std::min(begin + width, call.b.width);
     // Column block by column block: its pieces of all ranks stay in the first cache while the tokens pass.
     constexpr int piece = 128;
     for (int at = begin; at < end; at += piece)
-      for (int m = item.begin; m < item.end; ++m) {
-        const int64_t t = order[m];
-        const float* h = call.h + t * call.active;
-        for (int i = 0; i < ranks; ++i)
-          factors[i] = scale * h[i] * (place.rows == 0 ? 1.0f : call.gates[t * call.chosen + i / block]);
-        const int32_t* rows = ranks_of(call, place, static_cast<int>(t), listed);
-        kernels.row_sums(call.b, rows, place.first_rank, factors, ranks, at, std::min(at + piece, end),
-                         y_of(t), call.b.type, add);
-      }
+      for (int m = 0; m < item.end - item.begin; ++m)
+        kernels.row_sums(call.b, place.rows == 0 ? nullptr : listed + m * ranks, place.first_rank, factors + m * ranks,
+                         ranks, at, std::min(at + piece, end), y_of(order[item.begin + m]), call.b.type, add);
   });
 
   for (int t = 0; t < call.T && !add; ++t) {
@@ -150,14 +154,10 @@ std::string rank_lora(const RankLoraCall& asked, Isa isa, int threads) {
 
 void listed_dots(const RowLists& lists, const RowTable& x, float* to, Isa isa, int threads) {
   const Kernels& kernels = kernels_for(isa);
-  const int64_t floats = round_up(x.width, 16);
-  const AlignedFloats scratch(floats * threads);
-  parallel_for(lists.lists, threads, [&](int n, int thread) {
+  parallel_for(lists.lists, threads, [&](int n, int) {
     const int64_t begin = lists.offsets[n], count = lists.offsets[n + 1] - begin;
-    if (count == 0) return;
-    float* row = scratch.data() + thread * floats;
-    kernels.widen_row(x, n, row);
-    kernels.row_dots(lists.rows, lists.index + begin, 0, static_cast<int>(count), row, floats, 1, to + begin, count);
+    if (count > 0)
+      kernels.row_dots(lists.rows, lists.index + begin, 0, 0, static_cast<int>(count), x, &n, 1, to + begin, count);
   });
 }
 

@@ -230,6 +230,28 @@ def test_cpu_equals_the_reference(isa, dtype):
         assert_close(one_gradient, same, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_whole_blocks_and_tiles_equal_the_reference_and_no_token_knows_another(isa, dtype):
+    """Routers of 80 rows, inputs of 1120: more than one block, pass of tokens and group of tiles, none half empty."""
+    random = torch.Generator().manual_seed(14)
+    x, a, router = (torch.randn(n, 1120, generator=random) for n in (37, 80, 80))
+    b, bias = torch.randn(80, 64, generator=random).to(dtype), torch.zeros(80)
+    x, a, router = x.to(dtype), (a / 33).to(dtype), (router / 33).to(dtype)
+    adapter = Adapter(first_rank=0, ranks=80, rows=80, chosen=8, gate="sigmoid_renorm_unbiased")
+    places, scales, *sizes = table_of([adapter])
+    got = cpu.rank_lora_forward(x, a, b, router, bias, places, scales, one(37), *sizes, isa)
+    wanted = reference.rank_lora_forward(x, a, b, router, bias, places, scales, one(37), *sizes)
+    assert torch.equal(got[2], wanted[2])
+    for mine, theirs in zip((got[0], *got[3:]), (wanted[0], *wanted[3:]), strict=True):
+        assert_close(mine, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    for first, last in ((0, 1), (3, 6), (15, 37)):
+        part = cpu.rank_lora_forward(
+            x[first:last], a, b, router, bias, places, scales, one(last - first), *sizes, isa
+        )  # fmt: skip
+        assert torch.equal(part[0], got[0][first:last])
+
+
 @pytest.mark.parametrize("T", [1, 2, 9])
 def test_a_token_does_not_depend_on_its_batch_nor_on_the_threads(T):
     (x, a, b, router), bias, table, adapter_of = wide_case(torch.float32)

@@ -116,7 +116,8 @@ def _peft(
         model = peft.get_peft_model(nn.Sequential(nn.Linear(width, width)), config, adapter_name="0")
         for n in range(1, len(a) // ranks):
             model.add_adapter(str(n), config)
-        layer: Any = model.eval().to(x.dtype).base_model.model[0]
+        wrapped: Any = model.eval().to(x.dtype)
+        layer = wrapped.base_model.model[0]
         for n in range(len(a) // ranks):
             part = slice(n * ranks, (n + 1) * ranks)
             layer.lora_A[str(n)].weight.data = a[part]
@@ -142,7 +143,7 @@ def _weights(width: int, ranks: int, rows: int, dtype: torch.dtype, random: torc
 def exact_router(rows: int, width: int, dtype: torch.dtype, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """Router and bias whose scores of tokens of ones and minus ones are exact in every dtype, and no two of them equal.
 
-    Sums of bfloat16 products, rounded, would else pick other ranks than exact ones for one token in ten, and
+    Sums of bfloat16 products, rounded, would else pick other ranks than exact ones for one token in forty, and
     contenders could not be compared. Four in ten of the router's elements are 1 or -1, over 32.
     """
     signs = torch.randn(rows, width, generator=random).sign()
