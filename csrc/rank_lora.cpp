@@ -61,7 +61,9 @@ void list_ranks(const RankLoraCall& call, const AdapterPlace& place, int64_t t, 
       ranks[c * block + q] = place.first_rank + call.picked[t * call.chosen + c] * block + q;
 }
 
-int active(const AdapterPlace& place) { return place.rows == 0 ? place.ranks : place.chosen * (place.ranks / place.rows); }
+int active(const AdapterPlace& place) {
+  return place.rows == 0 ? place.ranks : place.chosen * (place.ranks / place.rows);
+}
 
 }  // namespace
 
@@ -125,7 +127,8 @@ std::string rank_lora(const RankLoraCall& asked, Isa isa, int threads) {
     for (int m = 0; m < item.end - item.begin; ++m) {
       const int64_t t = order[item.begin + m];
       const float *h = call.h + t * call.active, *gates = call.gates + t * call.chosen;
-      for (int i = 0; i < ranks; ++i) factors[m * ranks + i] = scale * h[i] * (place.rows == 0 ? 1.0f : gates[i / block]);
+      for (int i = 0; i < ranks; ++i)
+        factors[m * ranks + i] = scale * h[i] * (place.rows == 0 ? 1.0f : gates[i / block]);
       list_ranks(call, place, t, listed + m * ranks);
     }
     const int begin = task % parts * width, end = std::min(begin + width, call.b.width);

@@ -2,8 +2,9 @@
 //
 // Rows are read where they lie. Four stream beside each other, and those that several tokens share meet them in
 // registers. Dot products go column block by column block, so that a block of the tokens stays in the first cache while
-// the rows pass, and the rows in the second while more tokens do; where S multiplies pairs of bfloat16, those are used as
-// they lie, by tiles where there are any. Sums go so too, with a block of all ranks in the first cache while the tokens of a task pass.
+// the rows pass, and the rows in the second while more tokens do; where S multiplies pairs of bfloat16, those are used
+// as they lie, by tiles where there are any. Sums go so too, with a block of all ranks in the first cache while the
+// tokens of a task pass.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +27,6 @@ class RankLoraKernel {
   static constexpr int kBlock = 512;                          // floats of a token, or pairs, that are summed at once
   static constexpr int kPass = 16;                            // tokens, most
   static constexpr int kTileRows = 64;                        // of a table that meet tiles of tokens at once
-  static constexpr int kAhead = 1024;                         // bytes from where a row is read to what is fetched
   static constexpr int kNear = kPass * kBlock;                // floats of tokens in the first cache
 
  public:
@@ -219,7 +219,8 @@ class RankLoraKernel {
   };
 
   template <int M, bool pairs, class T>
-  static void block(const T* const (&rows)[kRows], const float* x, int64_t x_row, float* to, int64_t to_row, Part part) {
+  static void block(const T* const (&rows)[kRows], const float* x, int64_t x_row, float* to, int64_t to_row,
+                    Part part) {
     constexpr int step = pairs ? 2 * W : W;
     F sum[M][kRows];
 #pragma GCC unroll 4
@@ -241,8 +242,6 @@ class RankLoraKernel {
     };
     int k = 0;
     for (; k + step <= part.width; k += step) {
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) S::prefetch(reinterpret_cast<const char*>(rows[r] + k) + kAhead);
       const F row[kRows] = {vector<pairs>(rows[0] + k), vector<pairs>(rows[1] + k), vector<pairs>(rows[2] + k),
                             vector<pairs>(rows[3] + k)};
       add(row, x + k / step * W);

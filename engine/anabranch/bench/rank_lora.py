@@ -24,19 +24,21 @@ def one_adapter(T: int, *, width: int, ranks: int, chosen: int, dtype: torch.dty
     table = table_of([Adapter(first_rank=0, ranks=ranks, rows=ranks, chosen=chosen, gate="sigmoid_renorm")])
     of = torch.zeros(T, dtype=torch.int32)
     base = torch.randn(T, width, generator=random).to(dtype)
+    y = torch.empty_like(base)
 
     def ours() -> Tensor:
+        y.copy_(base)
         for a, b, router, bias in layers:
-            y = base.clone()
             add_rank_lora(y, x, a, b, router, bias, table, of)
         return y
 
     def dense() -> Tensor:
+        y.copy_(base)
         for (a, _, router, bias), b in zip(layers, stored, strict=True):
             scores = (x @ router.T).float().sigmoid() + bias
             best, index = scores.topk(chosen, 1)
             gates = torch.zeros_like(scores).scatter_(1, index, best / best.sum(1, keepdim=True))
-            y = torch.addmm(base, (x @ a.T) * gates.to(dtype), b.T)
+            y.addmm_((x @ a.T) * gates.to(dtype), b.T)
         return y
 
     touched = ranks * (1 - (1 - chosen / ranks) ** T)  # ranks that somebody picked, where all are picked alike
@@ -62,22 +64,24 @@ def many_adapters(
     x, base = (torch.randn(T, width, generator=random).to(dtype) for _ in range(2))
     table = table_of([Adapter(first_rank=n * ranks, ranks=ranks) for n in range(adapters)])
     of = torch.randint(adapters, (T,), generator=random, dtype=torch.int32)
+    y = torch.empty_like(base)
 
     def ours() -> Tensor:
+        y.copy_(base)
         for a, b, router, bias in layers:
-            y = base.clone()
             add_rank_lora(y, x, a, b, router, bias, table, of)
         return y
 
     def gathered() -> Tensor:
+        y.copy_(base)
         for a, b, _, _ in layers:
             A, B = a.view(adapters, ranks, width)[of], b.view(adapters, ranks, width)[of]
-            y = torch.baddbmm(base[:, None], torch.bmm(x[:, None], A.mT), B)[:, 0]
+            y[:, None].baddbmm_(torch.bmm(x[:, None], A.mT), B)
         return y
 
     def loop() -> Tensor:
+        y.copy_(base)
         for a, b, _, _ in layers:
-            y = base.clone()
             for n in of.unique().tolist():
                 rows = (of == n).nonzero()[:, 0]
                 part = slice(n * ranks, (n + 1) * ranks)
@@ -87,7 +91,7 @@ def many_adapters(
     others = [("loop over adapters", loop)]
     absent = []
     try:
-        others.append(("PEFT, mixed batch", _peft([(a, b) for a, b, _, _ in layers], x, base, ranks, of.tolist())))
+        others.append(("PEFT, mixed batch", _peft([(a, b) for a, b, _, _ in layers], x, y, base, ranks, of.tolist())))
     except ImportError:
         absent.append("PEFT: not installed")
     used = len(of.unique())
@@ -101,14 +105,14 @@ def many_adapters(
 
 
 def _peft(
-    layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, base: Tensor, ranks: int, of: list[int]
+    layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor, base: Tensor, ranks: int, of: list[int]
 ) -> Callable[[], Tensor]:
-    """PEFT's layers with these adapters, which take the output `base` for granted."""
+    """PEFT's layers with these adapters, which add to y instead of the product with a weight of their own."""
     import peft
 
     class Given(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return base.clone()
+            return y
 
     width, built = x.shape[1], list[Any]()
     for a, b in layers:
@@ -128,9 +132,10 @@ def _peft(
 
     @torch.no_grad()
     def step() -> Tensor:
+        y.copy_(base)
         for layer in built:
-            y: Tensor = layer(x, adapter_names=names)
-        return y
+            out: Tensor = layer(x, adapter_names=names)
+        return out
 
     return step
 
