@@ -214,6 +214,8 @@ class Client:
     def _check(self, now: Round, delivery: m.Delivery, frame: Frame) -> bytes:
         p = self._parameters
         L, C = p.share_length, p.copies
+        if self.index in delivery.owners:  # whose share is in its row already, and not to be touched
+            raise ProtocolError("server", f"delivers a share of {name(self.index, p)} to itself")
         held, refused = dict(now.held), []
         opened = [
             self._open(now, owner, signed, memoryview(part))
@@ -244,11 +246,11 @@ class Client:
         """
         p = self._parameters
         if self._peers is None or owner not in self._peers:
-            return "a share of a client that was never met"
+            return "did not say hello"
         try:
             header = Header.decode(signed, p)
         except m.Malformed as error:
-            return f"its header is malformed: {error}"[: m.MOST_REASON]
+            return f"malformed header: {error}"
         message = header.message
         if not isinstance(message, m.Shares) or self.index not in message.recipients:
             return "no share for this client"

@@ -211,6 +211,20 @@ def test_shares_of_an_earlier_round(session):
     assert found == dict.fromkeys(range(1, 9), "a header of another round or client")
 
 
+def test_a_share_to_oneself(session):
+    """Its refusal would wipe out the share that a client has from itself."""
+    made = session()
+    deliveries = made.run_to(m.Delivery)
+    of_0 = made.message(deliveries[1]).headers[0]
+
+    def to_itself(delivery, parts):
+        parts.append(bytes(len(parts[0])))
+        return replace(delivery, owners=(0, *delivery.owners), headers=(of_0, *delivery.headers))
+
+    refuses(made.clients[0], made.forge(deliveries[0], to_itself), "delivers a share of client 0 to itself")
+    finish(made, deliveries)
+
+
 @pytest.mark.parametrize("item", [0, 3])
 def test_headers_that_are_not_their_owner_s(session, item):
     """Or a server could have an honest owner's shares projected by what it likes, by each client by something else."""
