@@ -35,7 +35,7 @@ from anabranch.aggregate.secure.wire import (
     receive,
     to_bytes,
     write,
-)  # fmt: skip
+)
 from anabranch_kernels.field_coding.op import encode, multiply, quantise
 from anabranch_kernels.memory import prefer_huge_pages
 
