@@ -1,1 +1,1 @@
-"""Robust rules as a strategy of Flower (the extra `flower`)."""
+"""Robust rules and secure sums in Flower (the extra `flower`)."""
