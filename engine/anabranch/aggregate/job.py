@@ -53,7 +53,7 @@ def aggregate_files(
     base: str | Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Report:
-    """One safetensors file from N clients' files or checkpoint folders, of any size: three tiles stay in memory.
+    """One safetensors file from N clients' files or checkpoint folders, of any size: four tiles stay in memory.
 
     out       appears whole or not at all; may be no file that is read
     base      file or folder of the last global model
