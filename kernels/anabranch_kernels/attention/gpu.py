@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Plan, on_its_device
+from ..tensors import dense_rows
 from . import reference
 
 LOG2E = 1.4426950408889634
@@ -222,10 +223,6 @@ def dkv_kernel(
             v_sums = tl.zeros([BLOCK_N, DV_PAD], tl.float32)
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
 @on_its_device
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None
@@ -233,7 +230,7 @@ def attention_forward(
     (B, T, Hq, Dk), (S, Hk), (Hv, Dv) = q.shape, k.shape[1:3], v.shape[2:]
     if q.dtype == torch.float64 or B * T * S == 0:
         return reference.attention_forward(q, k, v, causal, scale, window)
-    q, k, v = (_dense_rows(x) for x in (q, k, v))
+    q, k, v = (dense_rows(x) for x in (q, k, v))
     out = q.new_empty(B, T, Hq, Dv)
     lse = q.new_empty(B, T, Hq, dtype=torch.float32)
     chosen = plan("forward", Hq, Hk, Hv, Dk, Dv, q.dtype, causal=causal)
@@ -264,7 +261,7 @@ def attention_backward(
     (B, T, Hq, Dk), (S, Hk), (Hv, Dv) = q.shape, k.shape[1:3], v.shape[2:]
     if q.dtype == torch.float64 or B * T * S == 0:
         return reference.attention_backward(grad, q, k, v, out, lse, causal, scale, window)
-    grad, q, k, v = (_dense_rows(x) for x in (grad, q, k, v))
+    grad, q, k, v = (dense_rows(x) for x in (grad, q, k, v))
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(lse)
     shared = scale, _reach(window, S), T, S

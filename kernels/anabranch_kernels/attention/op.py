@@ -15,12 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from anabranch_kernels.attention import cpu, reference
 from anabranch_kernels.library import define
+from anabranch_kernels.tensors import sum_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _wide(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 _forward = define(
@@ -30,7 +27,7 @@ _forward = define(
     cuda=lambda *args: import_module(".gpu", __package__).attention_forward(*args),
     fake=lambda q, k, v, causal, scale, window: (
         q.new_empty(*q.shape[:3], v.shape[3]),
-        q.new_empty(q.shape[:3], dtype=_wide(q)),
+        q.new_empty(q.shape[:3], dtype=sum_dtype(q)),
     ),
 )
 

@@ -8,6 +8,8 @@ dK summed over the gk query heads of a K head and dV over the gv query heads of 
 import torch
 from torch import Tensor
 
+from ..tensors import wide
+
 
 def visible(T: int, S: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
     """[T, S] bool: which keys each query sees; causal is aligned to the last key."""
@@ -15,10 +17,6 @@ def visible(T: int, S: int, causal: bool, window: int | None, device: torch.devi
     column = torch.arange(S, device=device)
     seen = column <= row if causal else torch.ones(T, S, dtype=torch.bool, device=device)
     return seen if window is None else seen & (column > row - window)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # Metal has no float64
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
@@ -32,9 +30,9 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, Hq, Dv] in q's dtype and natural-log lse [B, T, Hq], float32 (float64 for float64 inputs)."""
     Hq = q.shape[2]
-    K = _wide(k).repeat_interleave(Hq // k.shape[2], 2)
-    V = _wide(v).repeat_interleave(Hq // v.shape[2], 2)
-    s = _scores(_wide(q), K, causal, scale, window)
+    K = wide(k).repeat_interleave(Hq // k.shape[2], 2)
+    V = wide(v).repeat_interleave(Hq // v.shape[2], 2)
+    s = _scores(wide(q), K, causal, scale, window)
     lse = s.logsumexp(-1)
     p = (s - lse[..., None]).exp()
     out = torch.einsum("bhts,bshd->bthd", p, V).to(q.dtype).contiguous()
@@ -54,11 +52,11 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each in its own shape and dtype."""
     gk, gv = q.shape[2] // k.shape[2], q.shape[2] // v.shape[2]
-    Q, G = _wide(q), _wide(grad)
-    K, V = _wide(k).repeat_interleave(gk, 2), _wide(v).repeat_interleave(gv, 2)
-    p = (_scores(Q, K, causal, scale, window) - _wide(lse).transpose(1, 2)[..., None]).exp()
+    Q, G = wide(q), wide(grad)
+    K, V = wide(k).repeat_interleave(gk, 2), wide(v).repeat_interleave(gv, 2)
+    p = (_scores(Q, K, causal, scale, window) - wide(lse).transpose(1, 2)[..., None]).exp()
     dp = torch.einsum("bthd,bshd->bhts", G, V)
-    ds = scale * p * (dp - (G * _wide(out)).sum(-1).transpose(1, 2)[..., None])
+    ds = scale * p * (dp - (G * wide(out)).sum(-1).transpose(1, 2)[..., None])
     dq = torch.einsum("bhts,bshd->bthd", ds, K)
     dk = torch.einsum("bhts,bthd->bshd", ds, Q).reshape(*k.shape[:3], gk, k.shape[3]).sum(3)
     dv = torch.einsum("bhts,bthd->bshd", p, G).reshape(*v.shape[:3], gv, v.shape[3]).sum(3)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..memory import prefer_huge_pages
 from ..native import extension
+from ..tensors import dense_rows
 from .fields import FIELDS
 
 _FIELDS = {"babybear": 0, "koalabear": 1, "m31": 2, "goldilocks": 3, "f50": 4}  # csrc/field.h, enum Field
@@ -34,9 +35,9 @@ def multiply(matrix: Tensor, x: Tensor, field: str, isa: str = ISA) -> Tensor:
     M, U = matrix.shape
     L = x.shape[1]
     if _FEW >= L and U >= 16 * L:
-        matrix, x = _dense_rows(matrix), _dense_rows(x.T).T
+        matrix, x = dense_rows(matrix), dense_rows(x.T).T
     else:
-        x = _dense_rows(x)
+        x = dense_rows(x)
     out = prefer_huge_pages(x.new_empty(M, L))
     sizes = (M, U, L)
     extension.field_multiply(
@@ -46,7 +47,7 @@ def multiply(matrix: Tensor, x: Tensor, field: str, isa: str = ISA) -> Tensor:
 
 
 def transform(values: Tensor, clients: int, order: int, coset_order: int, field: str, isa: str = ISA) -> Tensor:
-    values = _dense_rows(values)
+    values = dense_rows(values)
     U, L = values.shape
     out = prefer_huge_pages(values.new_empty(clients, L))
     sizes = (U, clients, L, order, coset_order)
@@ -83,10 +84,6 @@ def accept(stream: Tensor, field: str, isa: str = ISA) -> Tensor:
     threads = torch.get_num_threads()
     count = extension.field_accept(_FIELDS[field], stream.data_ptr(), out.data_ptr(), words, isa, threads)
     return out[:count]
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _place(x: Tensor) -> tuple[int, int, int]:

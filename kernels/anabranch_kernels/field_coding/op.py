@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..library import define
+from ..tensors import described
 from . import cpu, reference
 from .code import Code, decoding_matrix, encoding_matrix
 from .fields import BABYBEAR, F50, FIELDS, GOLDILOCKS, KOALABEAR, M31, Field, FixedPoint
@@ -84,7 +85,7 @@ def quantise(x: Tensor, field: Field, fixed_point: FixedPoint, *, dither: Tensor
     if not x.is_floating_point():
         raise ValueError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if dither is not None and (dither.shape != x.shape or dither.dtype != torch.float64 or dither.device != x.device):
-        raise ValueError(f"dither must be {list(x.shape)} float64 on {x.device}, got {_what(dither)}")
+        raise ValueError(f"dither must be {list(x.shape)} float64 on {x.device}, got {described(dither)}")
     fixed_point.check_budget(field, 1)
     out, counts = _quantise(x, dither, field.name, fixed_point.clip, fixed_point.fraction_bits)
     clipped, not_finite = counts.tolist()
@@ -113,7 +114,7 @@ def accept(stream: Tensor, field: Field) -> Tensor:
     93.75 % of BabyBear's words are accepted, 99.2 % of KoalaBear's, nearly all of the other fields'.
     """
     if stream.ndim != 1 or stream.dtype != torch.uint8 or stream.shape[0] % field.bytes:
-        raise ValueError(f"stream must be [S] uint8, S a multiple of {field.bytes}, got {_what(stream)}")
+        raise ValueError(f"stream must be [S] uint8, S a multiple of {field.bytes}, got {described(stream)}")
     out: Tensor = _accept(stream, field.name)
     return out
 
@@ -126,7 +127,7 @@ def multiply(matrix: Tensor, x: Tensor, field: Field) -> Tensor:
     _check(matrix, field, "matrix", ndim=2)
     _check(x, field, "x", ndim=2)
     if matrix.shape[1] != x.shape[0] or matrix.device != x.device:
-        raise ValueError(f"cannot multiply {_what(matrix)} by {_what(x)}")
+        raise ValueError(f"cannot multiply {described(matrix)} by {described(x)}")
     out: Tensor = _multiply(matrix, x, field.name)
     return out
 
@@ -141,7 +142,7 @@ def encode(values: Tensor, code: Code, *, method: str | None = None) -> Tensor:
     """
     _check(values, code.field, "values", ndim=2)
     if values.shape[0] != code.threshold:
-        raise ValueError(f"values must be [K + T = {code.threshold}, L], got {_what(values)}")
+        raise ValueError(f"values must be [K + T = {code.threshold}, L], got {described(values)}")
     if method not in (None, "dense", "transform"):
         raise ValueError(f"method must be 'dense', 'transform' or None, got {method!r}")
     if method == "transform" and not code.has_transform:
@@ -185,8 +186,4 @@ def matrix_of(rows: Sequence[Sequence[int]], field: Field, device: torch.device)
 def _check(x: Tensor, field: Field, name: str, ndim: int | None = None) -> None:
     if x.dtype != field.dtype or (ndim is not None and x.ndim != ndim):
         shape = "" if ndim is None else f"{ndim}-dimensional "
-        raise ValueError(f"{name} must be {shape}{field.dtype} elements of {field.name}, got {_what(x)}")
-
-
-def _what(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        raise ValueError(f"{name} must be {shape}{field.dtype} elements of {field.name}, got {described(x)}")

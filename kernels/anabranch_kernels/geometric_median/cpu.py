@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ..memory import prefer_huge_pages
 from ..native import ISA, TYPES, extension
+from ..tensors import dense_rows
 from . import reference
 
 
 def centred_gram(points: Tensor, centre: Tensor | None, isa: str = ISA) -> Tensor:
     if points.dtype == torch.float64:
         return reference.centred_gram(points, centre)
-    points, centre = _dense_rows(points), None if centre is None else _dense_rows(centre)
+    points, centre = dense_rows(points), None if centre is None else dense_rows(centre)
     B, N, D = points.shape
     gram = points.new_empty(B, N, N, dtype=torch.float64)
     extension.centred_gram(_rows(points), _place(centre), gram.data_ptr(), B, N, D, isa, torch.get_num_threads())
@@ -29,7 +30,7 @@ def centred_gram(points: Tensor, centre: Tensor | None, isa: str = ISA) -> Tenso
 def combine(points: Tensor, coefficients: Tensor, centre: Tensor | None, isa: str = ISA) -> Tensor:
     if points.dtype == torch.float64:
         return reference.combine(points, coefficients, centre)
-    points, centre = _dense_rows(points), None if centre is None else _dense_rows(centre)
+    points, centre = dense_rows(points), None if centre is None else dense_rows(centre)
     coefficients = coefficients.contiguous()
     B, N, D = points.shape
     out = prefer_huge_pages(points.new_empty(B, D))
@@ -37,10 +38,6 @@ def combine(points: Tensor, coefficients: Tensor, centre: Tensor | None, isa: st
         _rows(points), coefficients.data_ptr(), _place(centre), out.data_ptr(), B, N, D, isa, torch.get_num_threads()
     )
     return out
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _rows(points: Tensor) -> tuple[int, ...]:

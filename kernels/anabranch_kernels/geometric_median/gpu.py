@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Plan, on_its_device
+from ..tensors import dense_rows
 from . import reference
 
 # Rows of a block -> columns of a tile, warps, stages. One warp that has all rows of a tile to itself needs no other's.
@@ -214,10 +215,6 @@ def combine_kernel(
         tl.store(target, (middle + total).to(out.dtype.element_ty), mask=inside)
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def stretches(B: int, N: int, D: int) -> tuple[int, int]:
     """Columns of a stretch and how many of them there are: from the sizes alone, and so is the order of all sums."""
     blocks = triton.cdiv(N, gram_plan(N, scaled=False).constants["ROWS"])
@@ -231,7 +228,7 @@ def stretches(B: int, N: int, D: int) -> tuple[int, int]:
 def centred_gram(points: Tensor, centre: Tensor | None, tuned: Plan | None = None) -> Tensor:
     if points.dtype == torch.float64 or points.numel() == 0:
         return reference.centred_gram(points, centre)
-    points, centre = _dense_rows(points), None if centre is None else _dense_rows(centre)
+    points, centre = dense_rows(points), None if centre is None else dense_rows(centre)
     B, N, D = points.shape
     plan = tuned or gram_plan(N, scaled=False)
     blocks = triton.cdiv(N, plan.constants["ROWS"])
@@ -256,7 +253,7 @@ def centred_gram(points: Tensor, centre: Tensor | None, tuned: Plan | None = Non
 def combine(points: Tensor, coefficients: Tensor, centre: Tensor | None) -> Tensor:
     if points.dtype == torch.float64 or points.numel() == 0:
         return reference.combine(points, coefficients, centre)
-    points, centre = _dense_rows(points), None if centre is None else _dense_rows(centre)
+    points, centre = dense_rows(points), None if centre is None else dense_rows(centre)
     B, N, D = points.shape
     out = points.new_empty(B, D)
     plan = combine_plan(N)

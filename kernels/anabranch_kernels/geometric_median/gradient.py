@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..memory import prefer_huge_pages
-from .reference import COLUMNS, wide
+from ..tensors import wide
+from .reference import COLUMNS
 from .solve import ANCHOR, COLLINEAR, at, curvature, solve_positive
 
 CACHED = 1 << 19  # numbers, of all rows, that are differences at a time: fewer would be more calls than work

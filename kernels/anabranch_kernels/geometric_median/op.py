@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..library import define
+from ..tensors import described
 from . import cpu, reference
 from . import solve as by_torch
 from .gradient import gradients
@@ -74,7 +75,7 @@ def solve(gram: Tensor, weights: Tensor, *, tol: float, max_steps: int, resoluti
     B, N = gram.shape[:2] if gram.ndim == 3 else (-1, -1)
     if N < 1 or gram.shape[2] != N or list(weights.shape) != [B, N] or weights.dtype != gram.dtype:
         raise ValueError(
-            f"gram must be [B, N, N] and weights [B, N] of its dtype, got {_what(gram)} and {_what(weights)}"
+            f"gram must be [B, N, N] and weights [B, N] of its dtype, got {described(gram)} and {described(weights)}"
         )
     return Solution(*_solve(gram, weights, tol, max_steps, resolution))
 
@@ -212,7 +213,7 @@ def geometric_median(
     if weights is None:
         weights = points.new_ones(B, N, dtype=_gram_dtype(points))
     if list(weights.shape) != [B, N] or not weights.is_floating_point() or weights.device != points.device:
-        raise ValueError(f"weights must be [{B}, {N}] floats on {points.device}, got {_what(weights)}")
+        raise ValueError(f"weights must be [{B}, {N}] floats on {points.device}, got {described(weights)}")
     _check_centre(points, centre)
     if non_finite not in ("raise", "drop"):
         raise ValueError(f"non_finite must be 'raise' or 'drop', got {non_finite!r}")
@@ -257,7 +258,7 @@ def combine(points: Tensor, coefficients: Tensor, centre: Tensor | None = None) 
     wanted = _gram_dtype(points)
     if coefficients.shape != points.shape[:2] or coefficients.dtype != wanted or coefficients.device != points.device:
         raise ValueError(
-            f"coefficients must be {list(points.shape[:2])} {wanted} on {points.device}, got {_what(coefficients)}"
+            f"coefficients must be {list(points.shape[:2])} {wanted} on {points.device}, got {described(coefficients)}"
         )
     out: Tensor = _combine(points, coefficients, centre)
     return out
@@ -265,7 +266,7 @@ def combine(points: Tensor, coefficients: Tensor, centre: Tensor | None = None) 
 
 def _check_points(points: Tensor) -> None:
     if points.ndim != 3 or points.dtype not in DTYPES:
-        raise ValueError(f"points must be [B, N, D] in one of {list(DTYPES)}, got {_what(points)}")
+        raise ValueError(f"points must be [B, N, D] in one of {list(DTYPES)}, got {described(points)}")
 
 
 def _check_centre(points: Tensor, centre: Tensor | None) -> None:
@@ -273,8 +274,4 @@ def _check_centre(points: Tensor, centre: Tensor | None) -> None:
         return
     B, _, D = points.shape
     if list(centre.shape) != [B, D] or centre.dtype != points.dtype or centre.device != points.device:
-        raise ValueError(f"centre must be [{B}, {D}] {points.dtype} on {points.device}, got {_what(centre)}")
-
-
-def _what(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        raise ValueError(f"centre must be [{B}, {D}] {points.dtype} on {points.device}, got {described(centre)}")

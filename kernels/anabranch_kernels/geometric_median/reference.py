@@ -3,12 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..tensors import wide
+
 COLUMNS = 1 << 16  # of all rows that are held in float64 together
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float64, or float32 where the device has none (Apple's GPUs)."""
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def finite_centre(points: Tensor, centre: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..native import ISA, TYPES, extension
+from ..tensors import dense_rows
 from . import reference
 
 
@@ -46,7 +47,7 @@ def _call(
     y: Tensor, saved: tuple[int, ...] | None, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor,
     places: Tensor, scales: Tensor, adapter_of: Tensor, chosen: int, active: int, isa: str,
 ) -> None:  # fmt: skip
-    x, a, b, router = _dense_rows(x), _dense_rows(a), _dense_rows(b), _dense_rows(router)
+    x, a, b, router = dense_rows(x), dense_rows(a), dense_rows(b), dense_rows(router)
     bias, adapter_of = bias.contiguous(), adapter_of.contiguous()
     extension.rank_lora(
         _rows(x), _rows(a), _rows(b), _rows(router), bias.data_ptr(), places.data_ptr(), scales.data_ptr(),
@@ -132,7 +133,7 @@ def _offsets(index: Tensor) -> Tensor:
 
 def _dots(rows: Tensor, index: Tensor, x: Tensor, isa: str) -> Tensor:
     """[T, n] float32: of x's rows with the rows that index [T, n] names."""
-    rows, x, out, offsets = _dense_rows(rows), _dense_rows(x), torch.empty(index.shape), _offsets(index)
+    rows, x, out, offsets = dense_rows(rows), dense_rows(x), torch.empty(index.shape), _offsets(index)
     extension.listed_dots(
         _rows(rows), offsets.data_ptr(), index.data_ptr(), len(index), _rows(x), out.data_ptr(), isa,
         torch.get_num_threads(),
@@ -145,16 +146,12 @@ def _sums(rows: Tensor, index: Tensor, factors: Tensor, isa: str) -> Tensor:
 
 
 def _listed_sums(rows: Tensor, offsets: Tensor, index: Tensor, factors: Tensor, isa: str) -> Tensor:
-    rows, out = _dense_rows(rows), torch.empty(len(offsets) - 1, rows.shape[1])
+    rows, out = dense_rows(rows), torch.empty(len(offsets) - 1, rows.shape[1])
     extension.listed_sums(
         _rows(rows), offsets.data_ptr(), index.data_ptr(), len(out), factors.data_ptr(), out.data_ptr(), isa,
         torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _rows(x: Tensor) -> tuple[int, ...]:

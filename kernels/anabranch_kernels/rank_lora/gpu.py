@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..launch import on_its_device
+from ..tensors import dense_rows
 from . import reference
 from .gpu_backward import gradients
 from .gpu_expand import MOST, expand, sums
@@ -60,7 +61,7 @@ def rank_lora_backward(
         return reference.rank_lora_backward(
             grad, x, a, b, router, bias, places, scales, adapter_of, picked, gates, h, rows, ranks
         )
-    grad, x, a, b, router = (_dense_rows(t) for t in (grad, x, a, b, router))
+    grad, x, a, b, router = (dense_rows(t) for t in (grad, x, a, b, router))
     return gradients(
         grad, x, a, b, router, bias.contiguous(), places, scales, adapter_of.contiguous(), picked, gates, h,
         _padded(rows), _padded(ranks), _aligned(router, a, b),
@@ -72,7 +73,7 @@ def _branch(
     bias: Tensor, places: Tensor, scales: Tensor, adapter_of: Tensor, chosen: int, active: int, rows: int, ranks: int,
 ) -> None:  # fmt: skip
     """y and what is kept; or nothing kept and added to y."""
-    x, a, b, router = (_dense_rows(t) for t in (x, a, b, router))
+    x, a, b, router = (dense_rows(t) for t in (x, a, b, router))
     bias, adapter_of = bias.contiguous(), adapter_of.contiguous()
     (T, D), A, GW, RW = x.shape, len(places), _padded(rows), _padded(ranks)
     aligned = _aligned(router, a, b)
@@ -99,10 +100,6 @@ def _for_the_reference(x: Tensor, places: Tensor, rows: int, ranks: int) -> bool
 
 def _padded(n: int) -> int:
     return -(-n // 16) * 16
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _aligned(*matrices: Tensor) -> bool:

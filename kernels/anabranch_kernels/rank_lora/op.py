@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..library import define
+from ..tensors import described, sum_dtype
 from . import cpu, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -114,10 +115,6 @@ class Routed(NamedTuple):
     gates: Tensor
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 _forward = define(
     "rank_lora_forward(Tensor x, Tensor a, Tensor b, Tensor router, Tensor bias, Tensor places, Tensor scales, "
     "Tensor adapter_of, int chosen, int active, int rows, int ranks) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -128,8 +125,8 @@ _forward = define(
         x.new_empty(x.shape[0], b.shape[1]),
         x.new_empty(router.shape[0], dtype=torch.int64),
         x.new_empty(x.shape[0], chosen, dtype=torch.int32),
-        x.new_empty(x.shape[0], chosen, dtype=_wide(x)),
-        x.new_empty(x.shape[0], active, dtype=_wide(x)),
+        x.new_empty(x.shape[0], chosen, dtype=sum_dtype(x)),
+        x.new_empty(x.shape[0], active, dtype=sum_dtype(x)),
     ),
 )
 
@@ -216,13 +213,13 @@ def add_rank_lora(
     """
     _check(x, a, b, router, bias, table, adapter_of)
     if y.shape != (x.shape[0], b.shape[1]) or y.dtype != x.dtype or y.device != x.device:
-        raise ValueError(f"y must be [{x.shape[0]}, {b.shape[1]}] {x.dtype} on {x.device}, got {_what(y)}")
+        raise ValueError(f"y must be [{x.shape[0]}, {b.shape[1]}] {x.dtype} on {x.device}, got {described(y)}")
     _add(y, x, a, b, router, bias, table.places, table.scales, adapter_of, *table[2:])
 
 
 def _check(x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, table: Table, adapter_of: Tensor) -> None:
     if x.ndim != 2 or x.dtype not in DTYPES:
-        raise ValueError(f"x must be [T, D] in one of {list(DTYPES)}, got {_what(x)}")
+        raise ValueError(f"x must be [T, D] in one of {list(DTYPES)}, got {described(x)}")
     T, D = x.shape
     for name, tensor, shape, dtype in (
         ("a", a, (a.shape[0], D), x.dtype),
@@ -232,8 +229,4 @@ def _check(x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, table:
         ("adapter_of", adapter_of, (T,), torch.int32),
     ):
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x.device:
-            raise ValueError(f"{name} must be {list(shape)} {dtype} on {x.device}, got {_what(tensor)}")
-
-
-def _what(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name} must be {list(shape)} {dtype} on {x.device}, got {described(tensor)}")

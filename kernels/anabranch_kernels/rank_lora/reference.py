@@ -5,12 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tensors import sum_dtype, wide
+
 CONSTANT, SOFTMAX, SIGMOID, UNBIASED = range(4)  # op.GATES
 SMALLEST = 2.0**-20  # of a biased score: gates are positive whatever the bias
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def route(logits: Tensor, bias: Tensor, chosen: int, gate: int) -> tuple[Tensor, Tensor]:
@@ -43,19 +41,19 @@ def rank_lora_forward(
     x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, places: Tensor, scales: Tensor, adapter_of: Tensor,
     chosen: int, active: int, rows: int, ranks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(x)
     T = len(x)
     y, counts = x.new_zeros(T, b.shape[1]), x.new_zeros(len(router), dtype=torch.int64)
     picked = x.new_full((T, chosen), -1, dtype=torch.int32)
-    gates, h = x.new_zeros(T, chosen, dtype=wide), x.new_zeros(T, active, dtype=wide)
-    weights = (_wide(a), _wide(b), _wide(router), _wide(bias))
+    gates, h = x.new_zeros(T, chosen, dtype=dtype), x.new_zeros(T, active, dtype=dtype)
+    weights = (wide(a), wide(b), wide(router), wide(bias))
     for index, (place, scale) in enumerate(zip(places.tolist(), scales.tolist(), strict=True)):
         tokens = (adapter_of == index).nonzero()[:, 0]
-        branch, blocks, gate, hidden = _branch(_wide(x[tokens]), *weights, place, scale)
+        branch, blocks, gate, hidden = _branch(wide(x[tokens]), *weights, place, scale)
         y[tokens] = branch.to(y.dtype)
         picked[tokens, : blocks.shape[1]] = blocks.int()
-        gates[tokens, : blocks.shape[1]] = gate.to(wide)
-        h[tokens, : hidden.shape[1]] = hidden.to(wide)
+        gates[tokens, : blocks.shape[1]] = gate.to(dtype)
+        h[tokens, : hidden.shape[1]] = hidden.to(dtype)
         row, rows = place[2:4]
         counts[row : row + rows] += blocks.flatten().bincount(minlength=rows) if rows else 0
     return y, counts, picked, gates, h
@@ -69,21 +67,21 @@ def rank_lora_backward(
     grad: Tensor, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, places: Tensor, scales: Tensor,
     adapter_of: Tensor, picked: Tensor, gates: Tensor, h: Tensor, rows: int, ranks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, da, db, drouter = found = tuple(torch.zeros_like(_wide(t)) for t in (x, a, b, router))
+    dx, da, db, drouter = found = tuple(torch.zeros_like(wide(t)) for t in (x, a, b, router))
     for index, ((first, ranks, row, rows, chosen, gate), scale) in enumerate(
         zip(places.tolist(), scales.tolist(), strict=True)
     ):
         tokens = (adapter_of == index).nonzero()[:, 0]
-        X, dY = _wide(x[tokens]), _wide(grad[tokens])
-        A, B, W = (_wide(t) for t in (a[first : first + ranks], b[first : first + ranks], router[row : row + rows]))
+        X, dY = wide(x[tokens]), wide(grad[tokens])
+        A, B, W = (wide(t) for t in (a[first : first + ranks], b[first : first + ranks], router[row : row + rows]))
         hidden, dv, whole = X @ A.T, scale * dY @ B.T, torch.ones(1, dtype=X.dtype, device=X.device)
         if gate != CONSTANT:
-            blocks, kept = picked[tokens, :chosen].long(), _wide(gates[tokens, :chosen])
+            blocks, kept = picked[tokens, :chosen].long(), wide(gates[tokens, :chosen])
             zeros, each = X.new_zeros(len(X), rows), (rows, ranks // rows)
             whole = zeros.scatter(1, blocks, kept).repeat_interleave(each[1], 1)
             dgates = (hidden * dv).unflatten(1, each).sum(2).gather(1, blocks)
             logits = (X @ W.T).gather(1, blocks)
-            dlogits = zeros.scatter(1, blocks, gates_backward(dgates, kept, logits, _wide(bias)[row + blocks], gate))
+            dlogits = zeros.scatter(1, blocks, gates_backward(dgates, kept, logits, wide(bias)[row + blocks], gate))
             drouter[row : row + rows] += dlogits.T @ X
             dx[tokens] += dlogits @ W
         dx[tokens] += (dv * whole) @ A
