@@ -1,4 +1,4 @@
-// Uninitialised floats on a cache-line boundary.
+// Uninitialised floats on a cache-line boundary, and sizes that are multiples of something.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,8 @@
 #include <new>
 
 namespace anabranch {
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 class AlignedFloats {
  public:

@@ -38,8 +38,6 @@ uint64_t* words_of(const AlignedFloats& scratch, int64_t words, int thread) {
   return reinterpret_cast<uint64_t*>(scratch.data()) + words * thread;
 }
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 void multiply_columns(const FieldProduct& call, const FieldKernels& kernels, int threads) {
   const AlignedFloats factors(2 * kernels.factor_words(call));
   kernels.prepare(call, words_of(factors, 0, 0));

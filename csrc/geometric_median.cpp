@@ -14,8 +14,6 @@ constexpr int64_t kPartialSums = int64_t{1} << 23;  // float64 sums kept at a ti
 constexpr int64_t kParts = 64;                      // of a problem's columns: enough to share among many threads
 constexpr int64_t kColumns = 8192;                  // of a part, at least: its sums are added up in the end
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 }  // namespace
 
 void centred_gram(const GramCall& call, Isa isa, int threads) {

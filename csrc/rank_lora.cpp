@@ -17,8 +17,6 @@ struct Item {
   int adapter, begin, end;  // of the tokens in their order
 };
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 std::string what_is_wrong(const RankLoraCall& call) {
   for (int a = 0; a < call.adapters; ++a) {
     const AdapterPlace& place = call.places[a];
