@@ -43,7 +43,6 @@ class TriAdaptSettings:
     steps       of the whole training
     alpha       dW is scaled by alpha / r, or by alpha / reference with keep_scale, which leaves old ranks as they are
     norm        importance is divided by the "rank" or by the number of "blocks"
-    orthogonal  weight of the penalty on A A^T - I and B^T B - I; 0 for none
     """
 
     initial: int = 1
@@ -58,7 +57,6 @@ class TriAdaptSettings:
     alpha: float = 16.0
     keep_scale: bool = True
     norm: str = "rank"
-    orthogonal: float = 0.0
 
     def __post_init__(self) -> None:
         if self.model not in MODELS or self.norm not in NORMS:
@@ -164,12 +162,6 @@ class TriAdapt(nn.Module):
     def delta(self) -> Tensor:
         """What the branch adds to the weight [outputs, inputs]."""
         return self.scale * self.b[: self.rank].T @ (self.centre() @ self.a[: self.rank])
-
-    def penalty(self) -> Tensor:
-        """||A A^T - I||_F + ||B^T B - I||_F of the ranks that are alive."""
-        eye = torch.eye(self.rank, dtype=self.a.dtype, device=self.a.device)
-        parts = [x @ x.T - eye for x in (self.a[: self.rank], self.b[: self.rank])]
-        return torch.stack([part.norm() for part in parts]).sum()
 
 
 class Growth:
