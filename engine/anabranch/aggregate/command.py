@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anabranch.aggregate.settings import MIXES, RULES, AggregateMethod, AggregateOptions
+from anabranch.common.files import check_targets, replace_file
 
 if TYPE_CHECKING:
     from anabranch.aggregate.report import Report
@@ -94,20 +95,17 @@ def run(args: argparse.Namespace) -> int:
 
     from anabranch.aggregate.job import aggregate_files
     from anabranch.common.interrupt import interruptible
+    from anabranch.common.threads import torch_threads
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(args.threads or max(1, before - 1))
-        with interruptible() as stop, _bar(args.progress) as show:
+    threads = args.threads or max(1, torch.get_num_threads() - 1)  # another reads
+    with torch_threads(threads), interruptible() as stop, _bar(args.progress) as show:
 
-            def progress(sweep: str, done: int, total: int) -> None:
-                if stop.is_set():
-                    raise KeyboardInterrupt
-                show(sweep, done, total)
+        def progress(sweep: str, done: int, total: int) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            show(sweep, done, total)
 
-            report = aggregate_files(args.clients, args.out, method, options, base=args.base, progress=progress)
-    finally:
-        torch.set_num_threads(before)
+        report = aggregate_files(args.clients, args.out, method, options, base=args.base, progress=progress)
     _say(report, args)
     return 0
 
@@ -151,9 +149,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
     """Say before the work that something cannot be written after it."""
     others = [Path(args.json)] if args.json not in (None, "-") else []
     others += [args.plot] if args.plot else []
-    for path in [args.out, *others]:
-        if not path.parent.is_dir():
-            raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
+    check_targets([args.out, *others])
     taken = [args.out, *map(Path, args.clients), *([args.base] if args.base else [])]
     for path in others:
         if path.resolve() in {other.resolve() for other in taken}:
@@ -180,8 +176,6 @@ def _bar(wanted: bool | None) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _say(report: "Report", args: argparse.Namespace) -> None:
-    from anabranch.common.files import replace_file
-
     text = json.dumps(report.to_json(), indent=1) + "\n"
     if args.json == "-":
         print(text, end="")

@@ -12,9 +12,11 @@ sent: some client's own value, and no minority's choice.
 import time
 from collections.abc import Callable, Iterator
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from anabranch.aggregate.method import Coordinates, Decision, decide, finish_of, over_rows, try_out
@@ -162,7 +164,7 @@ class _Job:
         for tile in self.sweep("result", chosen, base=method.around_base):
             t, take = tile.entry, takes[tile.entry]
             if not self.is_float[t]:
-                self.write(self.entries[t].name, tile.begin, _lower_median(tile.rows))
+                self.write(self.entries[t].name, tile.begin, torch.from_numpy(lower_median(tile.rows.cpu().numpy())))
                 continue
             if finish is not None and not method.needs_products:  # rules of coordinates refuse NaN
                 wrong, wrong_base = _not_finite(tile.rows), tile.base is not None and not tile.base.isfinite().all()
@@ -258,9 +260,10 @@ def _by_coordinate(tile: Tile, rows: Tensor, finish: Coordinates) -> Tensor:
     return values.to(tile.rows.dtype)
 
 
-def _lower_median(rows: Tensor) -> Tensor:
+def lower_median(rows: NDArray[Any]) -> NDArray[Any]:
+    """The (lower) median of each element of N arrays: what a minority sends cannot leave the range of the others'."""
     middle = (len(rows) - 1) // 2
-    return torch.from_numpy(np.partition(rows.cpu().numpy(), middle, axis=0)[middle])
+    return np.asarray(np.partition(rows, middle, axis=0)[middle])
 
 
 def _not_finite(rows: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anabranch.common.files import check_targets
+
 if TYPE_CHECKING:
     from anabranch.bench.aggregate import FilesReport
     from anabranch.bench.field_coding import FieldReport
@@ -48,10 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure what was asked for."""
     from anabranch.bench import report as reports
+    from anabranch.common.threads import torch_threads
 
     if args.repeats < 1 or (args.threads is not None and args.threads < 1):
         raise ValueError(f"--repeats and --threads must be at least 1, got {args.repeats} and {args.threads}")
-    reports.check_targets([path for path in (args.json, args.markdown, args.plot) if path])
+    check_targets([path for path in (args.json, args.markdown, args.plot) if path])
     if args.plot:
         reports.check_plot_library()
     args.repeats = 3 if args.quick else args.repeats
@@ -59,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         "serve": _serve, "aggregate": _aggregate, "field-coding": _field_coding, "geometric-median": _median,
         "secagg": _secagg,
     }  # fmt: skip
-    report = kinds.get(args.kind, _measure)(args)
+    with torch_threads(args.threads):
+        report = kinds.get(args.kind, _measure)(args)
     print(reports.to_text(report))
     reports.save(report, json_path=args.json, markdown_path=args.markdown, plot_path=args.plot)
     return 0
@@ -195,25 +199,17 @@ def _add_secagg(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure(args: argparse.Namespace) -> "Report":
-    import torch
 
     from anabranch.bench.timing import Roofs, best_flops
     from anabranch_kernels.roofline import read_sweep
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(args.threads or before)
-        read = read_sweep(bytes=1 << 20 if args.quick else 1 << 29)
-        roofs = Roofs(read=read, flops=best_flops(size=64 if args.quick else 1024))
-        if args.kind == "attention":
-            return _attention(args, roofs)
-        if args.kind == "coordinate-rules":
-            return _coordinate_rules(args, roofs)
-        if args.kind == "rank-lora":
-            return _rank_lora(args, roofs)
-        return _linear(args, roofs) if args.kind == "linear" else _engine(args, roofs)
-    finally:
-        torch.set_num_threads(before)
+    read = read_sweep(bytes=1 << 20 if args.quick else 1 << 29)
+    roofs = Roofs(read=read, flops=best_flops(size=64 if args.quick else 1024))
+    kinds: dict[str, Callable[[argparse.Namespace, Roofs], Report]] = {
+        "attention": _attention, "linear": _linear, "coordinate-rules": _coordinate_rules, "rank-lora": _rank_lora,
+        "engine": _engine,
+    }  # fmt: skip
+    return kinds[args.kind](args, roofs)
 
 
 def _attention(args: argparse.Namespace, roofs: "Roofs") -> "Report":
@@ -292,27 +288,22 @@ def _median(args: argparse.Namespace) -> "MedianReport":
 
     if min(args.clients) < 2 or args.numbers < 1:
         raise ValueError(f"--clients must be at least 2 and --numbers 1, got {args.clients} and {args.numbers}")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(args.threads or before)
-        read = read_sweep(bytes=1 << 20 if args.quick else 1 << 29)
-        samples: list[Measured] = []
-        absent: dict[str, None] = {}
-        for name in args.dtypes:
-            for N in args.clients:
-                for data in args.data:
-                    D = 200 if args.quick else args.numbers
-                    measured, missing = bench.measure_all(
-                        N, D, read, dtype=getattr(torch, name), data=data, repeats=args.repeats, peers=not args.no_peers
-                    )
-                    samples += measured
-                    absent |= dict.fromkeys(missing)
-        return bench.MedianReport(
-            title="Geometric median of N points of D numbers", machine=machine.describe(), samples=tuple(samples),
-            absent=tuple(absent),
-        )  # fmt: skip
-    finally:
-        torch.set_num_threads(before)
+    read = read_sweep(bytes=1 << 20 if args.quick else 1 << 29)
+    samples: list[Measured] = []
+    absent: dict[str, None] = {}
+    for name in args.dtypes:
+        for N in args.clients:
+            for data in args.data:
+                D = 200 if args.quick else args.numbers
+                measured, missing = bench.measure_all(
+                    N, D, read, dtype=getattr(torch, name), data=data, repeats=args.repeats, peers=not args.no_peers
+                )
+                samples += measured
+                absent |= dict.fromkeys(missing)
+    return bench.MedianReport(
+        title="Geometric median of N points of D numbers", machine=machine.describe(), samples=tuple(samples),
+        absent=tuple(absent),
+    )  # fmt: skip
 
 
 def _rank_lora(args: argparse.Namespace, roofs: "Roofs") -> "Report":
@@ -376,26 +367,20 @@ def _serve(args: argparse.Namespace) -> "ServeReport":
         raise ValueError(f"--clients must be at least 1, got {args.clients}")
     threads = args.threads or torch.get_num_threads()
     steps = serve.plan(quick=args.quick, clients=args.clients, repeats=args.repeats, threads=threads)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        measured = tuple(serve.measure(steps, urls))
-        return serve.ServeReport(title="Serving random weights", machine=machine.describe(), measured=measured)
-    finally:
-        torch.set_num_threads(before)
+    measured = tuple(serve.measure(steps, urls))
+    return serve.ServeReport(title="Serving random weights", machine=machine.describe(), measured=measured)
 
 
 def _aggregate(args: argparse.Namespace) -> "FilesReport":
     import torch
 
     from anabranch.bench import aggregate, machine
+    from anabranch.common.threads import torch_threads
 
     if min(args.clients) < 7 or args.megabytes < 1:
         raise ValueError(f"--clients must be at least 7 and --megabytes 1, got {args.clients} and {args.megabytes}")
     total = 1_000_000 if args.quick else args.megabytes * 1_000_000
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(args.threads or max(1, before - 1))  # one more reads
+    with torch_threads(args.threads or max(1, torch.get_num_threads() - 1)):  # another reads
         samples = [
             sample
             for N in args.clients
@@ -404,38 +389,22 @@ def _aggregate(args: argparse.Namespace) -> "FilesReport":
             )
         ]
         return aggregate.FilesReport(title="Aggregation of files", machine=machine.describe(), samples=tuple(samples))
-    finally:
-        torch.set_num_threads(before)
 
 
 def _field_coding(args: argparse.Namespace) -> "FieldReport":
-    import torch
 
     from anabranch.bench import field_coding, machine
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(args.threads or before)
-        cases, absent = field_coding.cases(quick=args.quick)
-        samples = [sample for case in cases for sample in field_coding.measure(case, repeats=args.repeats)]
-        return field_coding.FieldReport(
-            title="Coding over finite fields", machine=machine.describe(), samples=tuple(samples), absent=tuple(absent)
-        )
-    finally:
-        torch.set_num_threads(before)
+    cases, absent = field_coding.cases(quick=args.quick)
+    samples = [sample for case in cases for sample in field_coding.measure(case, repeats=args.repeats)]
+    return field_coding.FieldReport(
+        title="Coding over finite fields", machine=machine.describe(), samples=tuple(samples), absent=tuple(absent)
+    )
 
 
 def _secagg(args: argparse.Namespace) -> "Table":
-    import torch
 
     from anabranch.bench import machine, secagg
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(args.threads or before)
-        clients, length, drop = (8, 100, 1) if args.quick else (args.clients, args.length, args.drop)
-        return secagg.measure(
-            clients=clients, length=length, drop=drop, repeats=args.repeats, machine=machine.describe()
-        )
-    finally:
-        torch.set_num_threads(before)
+    clients, length, drop = (8, 100, 1) if args.quick else (args.clients, args.length, args.drop)
+    return secagg.measure(clients=clients, length=length, drop=drop, repeats=args.repeats, machine=machine.describe())

@@ -101,13 +101,6 @@ def to_json(report: Table) -> str:
     return json.dumps(report.numbers(), indent=1) + "\n"
 
 
-def check_targets(paths: Sequence[Path]) -> None:
-    """Say beforehand that a file cannot be written."""
-    for path in paths:
-        if not path.parent.is_dir():
-            raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
-
-
 def save(
     report: Table, *, json_path: Path | None = None, markdown_path: Path | None = None, plot_path: Path | None = None
 ) -> None:

@@ -2,8 +2,15 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+
+def check_targets(paths: Iterable[Path]) -> None:
+    """Say beforehand that a file cannot be written: ValueError where its folder is missing."""
+    for path in paths:
+        if not path.parent.is_dir():
+            raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anabranch.common.files import check_targets, replace_file
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -55,9 +57,7 @@ def run(args: argparse.Namespace) -> int:
         from anabranch.federated import private  # says so now if its libraries are missing
     if args.plot:
         _figure()  # says so now if matplotlib is missing
-    for path in (args.json, args.plot):
-        if path and not path.absolute().parent.is_dir():
-            raise ValueError(f"no folder {path.absolute().parent} to write {path.name} into")
+    check_targets(path for path in (args.json, args.plot) if path)
     courses = demo.run(settings)
     print(to_text(settings, demo.kinds_of_hostile(settings.hostile), courses))
     if args.private:
@@ -95,8 +95,6 @@ def private_text(private: "Private", update: "Tensor") -> str:
 
 
 def _write_json(path: Path, settings: "Settings", courses: Mapping[str, "Course"]) -> None:
-    from anabranch.common.files import replace_file
-
     report: dict[str, Any] = {
         "settings": asdict(settings),
         "accuracy": {name: course.accuracy for name, course in courses.items()},
@@ -105,8 +103,6 @@ def _write_json(path: Path, settings: "Settings", courses: Mapping[str, "Course"
 
 
 def _draw(path: Path, courses: Mapping[str, "Course"]) -> None:
-    from anabranch.common.files import replace_file
-
     figure = _figure()
     axes = figure.subplots()
     for name, course in courses.items():

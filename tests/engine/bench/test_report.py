@@ -5,7 +5,7 @@ import json
 import pytest
 
 from anabranch.bench.machine import Machine
-from anabranch.bench.report import HEADER, Report, check_targets, save, to_json, to_markdown, to_text
+from anabranch.bench.report import HEADER, Report, save, to_json, to_markdown, to_text
 from anabranch.bench.timing import Sample
 
 MACHINE = Machine(
@@ -60,8 +60,3 @@ def test_files_are_written_where_asked(tmp_path):
     assert (tmp_path / "r.md").read_text() == to_markdown(REPORT)
     assert (tmp_path / "r.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_a_missing_folder_is_named_before_anything_is_measured(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no folder .*nowhere"):
-        check_targets([tmp_path / "a.json", tmp_path / "nowhere" / "b.json"])

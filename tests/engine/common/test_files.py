@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from anabranch.common.files import replace_file
+from anabranch.common.files import check_targets, replace_file
 
 
 def test_a_file_is_replaced_and_readable_by_others(tmp_path: Path) -> None:
@@ -29,3 +29,8 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
         replace_file(path, write_half)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_folder_is_named_before_anything_is_measured(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere"):
+        check_targets([tmp_path / "a.json", tmp_path / "nowhere" / "b.json"])

@@ -79,8 +79,3 @@ class Sent:
             if not np.isfinite(moved[name]).all():
                 raise ValueError(f"the sum of {name!r} and its update is not finite")
         return {name: moved[name] for name in self.arrays}
-
-
-def middle(arrays: list[np.ndarray]) -> np.ndarray:
-    """The (lower) median of each element: what a minority sends cannot leave the range of the others'."""
-    return np.asarray(np.sort(np.stack(arrays), axis=0)[(len(arrays) - 1) // 2])

@@ -26,12 +26,14 @@ from collections.abc import Callable, Iterable
 from logging import ERROR, INFO, WARNING
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from anabranch.aggregate.robust import ROOTED, Outcome, aggregate_updates
 from anabranch.aggregate.settings import RULES, AggregateMethod
-from anabranch.integrations.flower.arrays import Sent, middle
+from anabranch.aggregate.sweep import lower_median
+from anabranch.integrations.flower.arrays import Sent
 from anabranch.integrations.flower.replies import Update, examples, sort_replies, with_usual_metrics
 
 try:
@@ -157,7 +159,7 @@ class RobustFedAvg(FedAvg):
                 history=None if history is None else history[:, part],
             )
         update = torch.cat([outcome.update for outcome in outcomes.values()])
-        others = {name: middle([each.others[name] for each in usable]) for name in sent.others}
+        others = {name: lower_median(np.stack([each.others[name] for each in usable])) for name in sent.others}
         arrays = ArrayRecord({name: Array(array) for name, array in sent.moved(update, others).items()})
         return arrays, _report([update.node for update in usable], outcomes)
 

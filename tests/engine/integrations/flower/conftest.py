@@ -32,3 +32,45 @@ def reply() -> Callable[..., Any]:
         return Message(content=RecordDict(records), metadata=metadata)
 
     return make
+
+
+@pytest.fixture
+def descend() -> Callable[..., Any]:
+    """Five steps on an eighth of scikit-learn's digits: (arrays, partition) -> ({"w", "b"} in float64, examples).
+
+    It stands inside, so that Ray's workers get it whole: they cannot import tests.
+    """
+
+    def on_digits(arrays, partition):
+        from sklearn.datasets import load_digits
+
+        x, y = load_digits(return_X_y=True)
+        x, y = x[partition::8] / 16, np.eye(10)[y[partition::8]]
+        w, b = (arrays[name].astype(np.float64) for name in ("w", "b"))
+        for _ in range(5):
+            z = x @ w + b
+            p = np.exp(z - z.max(1, keepdims=True))
+            slope = (p / p.sum(1, keepdims=True) - y) / len(x)
+            w, b = w - x.T @ slope, b - slope.sum(0)
+        return {"w": w, "b": b}, len(x)
+
+    return on_digits
+
+
+@pytest.fixture
+def simulate() -> Callable[..., None]:
+    """`simulate(server_app, client_app)`: eight SuperNodes on Ray with two cores."""
+    from flwr.simulation import run_simulation
+
+    def run(server, client):
+        run_simulation(
+            server,
+            client,
+            num_supernodes=8,
+            backend_config={
+                "init_args": {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False},
+                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            },
+        )
+
+    return run

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from anabranch.integrations.flower.arrays import Sent, middle, read_array
+from anabranch.aggregate.sweep import lower_median
+from anabranch.integrations.flower.arrays import Sent, read_array
 
 app = pytest.importorskip("flwr.app", reason="needs the extra `flower`")
 
@@ -97,6 +98,6 @@ def test_arrays_become_a_vector_and_an_update_arrays():
 
 
 def test_the_middle_is_one_of_the_values():
-    assert middle([np.array([1, 9]), np.array([5, -9]), np.array([3, 0])]).tolist() == [3, 0]
-    assert middle([np.array([1]), np.array([2])]).tolist() == [1]
-    assert middle([np.array(True), np.array(True), np.array(False)]).tolist() is True
+    assert lower_median(np.stack([np.array([1, 9]), np.array([5, -9]), np.array([3, 0])])).tolist() == [3, 0]
+    assert lower_median(np.stack([np.array([1]), np.array([2])])).tolist() == [1]
+    assert lower_median(np.stack([np.array(True), np.array(True), np.array(False)])).tolist() is True

@@ -393,21 +393,12 @@ def test_too_few_nodes_are_named():
         SecureFedAvg(SIZES, min_train_nodes=6)
 
 
-def simulated_app():
+def simulated_app(descend):
     """Eight nodes with digits; the fourth fails to add up, the sixth adds up a wrong share."""
 
     def trained(arrays, partition):
-        from sklearn.datasets import load_digits
-
-        x, y = load_digits(return_X_y=True)
-        x, y = x[partition::8] / 16, np.eye(10)[y[partition::8]]
-        w, b = (arrays[name].astype(np.float64) for name in ("w", "b"))
-        for _ in range(5):
-            z = x @ w + b
-            p = np.exp(z - z.max(1, keepdims=True))
-            slope = (p / p.sum(1, keepdims=True) - y) / len(x)
-            w, b = w - x.T @ slope, b - slope.sum(0)
-        return {"w": w.astype(np.float32), "b": b.astype(np.float32)}, len(x)
+        arrays, examples = descend(arrays, partition)
+        return {name: array.astype(np.float32) for name, array in arrays.items()}, examples
 
     def hostile(message, context, call_next):
         from unittest import mock
@@ -443,11 +434,10 @@ def simulated_app():
 
 
 @pytest.mark.slow
-def test_rounds_in_a_simulation_are_those_of_the_integers():
+def test_rounds_in_a_simulation_are_those_of_the_integers(descend, simulate):
     from flwr.serverapp import ServerApp
-    from flwr.simulation import run_simulation
 
-    app, trained = simulated_app()
+    app, trained = simulated_app(descend)
     start = {"w": np.zeros((64, 10), np.float32), "b": np.zeros(10, np.float32)}
     server, results = ServerApp(), {}
 
@@ -456,15 +446,7 @@ def test_rounds_in_a_simulation_are_those_of_the_integers():
         strategy = SecureFedAvg(SIZES, min_train_nodes=8, min_available_nodes=8, fraction_evaluate=0.0)
         results["round"] = strategy.start(grid, record(start), num_rounds=2, timeout=120), strategy.reasons
 
-    run_simulation(
-        server,
-        app,
-        num_supernodes=8,
-        backend_config={
-            "init_args": {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False},
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        },
-    )
+    simulate(server, app)
     result, reasons = results["round"]
     wanted = start
     for turn in (1, 2):

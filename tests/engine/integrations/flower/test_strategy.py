@@ -315,7 +315,7 @@ def test_the_extra_is_named_where_flower_is_missing():
     assert "ImportError: RobustFedAvg needs flwr>=1.40: pip install 'anabranch[flower]'" in done.stderr
 
 
-def client_app():
+def client_app(descend):
     """Eight clients on scikit-learn's digits: 0 flips the sign, 1 sends 1e30, 2 sends NaN, 3 raises in every round.
 
     Everything stands inside, so that Ray's workers get it whole: they cannot import tests.
@@ -323,19 +323,10 @@ def client_app():
     from flwr.clientapp import ClientApp
 
     def train(arrays, partition):
-        from sklearn.datasets import load_digits
-
-        x, y = load_digits(return_X_y=True)
-        x, y = x[partition::8] / 16, np.eye(10)[y[partition::8]]
-        w, b = (arrays[name].astype(np.float64) for name in ("w", "b"))
-        for _ in range(5):
-            z = x @ w + b
-            p = np.exp(z - z.max(1, keepdims=True))
-            slope = (p / p.sum(1, keepdims=True) - y) / len(x)
-            w, b = w - x.T @ slope, b - slope.sum(0)
-        update = {"w": w - arrays["w"], "b": b - arrays["b"]}
+        trained, examples = descend(arrays, partition)
         factor = {0: -3.0, 1: 1e30, 2: np.nan}.get(partition, 1.0)
-        return {name: (arrays[name] + factor * update[name]).astype(np.float32) for name in arrays}, len(x)
+        update = {name: trained[name] - arrays[name] for name in trained}
+        return {name: (arrays[name] + factor * update[name]).astype(np.float32) for name in arrays}, examples
 
     made = ClientApp()
 
@@ -381,11 +372,10 @@ def without_flower(train, arrays, per_tensor):
 
 
 @pytest.mark.slow
-def test_rounds_in_a_simulation_are_those_without_flower():
+def test_rounds_in_a_simulation_are_those_without_flower(descend, simulate):
     from flwr.serverapp import ServerApp
-    from flwr.simulation import run_simulation
 
-    app_of_clients, train = client_app()
+    app_of_clients, train = client_app(descend)
     start = {"w": np.zeros((64, 10), np.float32), "b": np.zeros(10, np.float32)}
     server, results = ServerApp(), {}
 
@@ -400,15 +390,7 @@ def test_rounds_in_a_simulation_are_those_without_flower():
             )
             results[per_tensor] = made.start(grid, record(start), num_rounds=2, timeout=120)
 
-    run_simulation(
-        server,
-        app_of_clients,
-        num_supernodes=8,
-        backend_config={
-            "init_args": {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False},
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        },
-    )
+    simulate(server, app_of_clients)
     for per_tensor, result in results.items():
         wanted = without_flower(train, start, per_tensor)
         for name, array in arrays_of(result.arrays).items():
