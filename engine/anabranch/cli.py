@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from anabranch.adapters import tune_command as tune
 from anabranch.aggregate import command as aggregate
 from anabranch.aggregate.secure import command as secagg
 from anabranch.bench import command as bench
@@ -18,6 +17,7 @@ from anabranch.federated import demo_command as demo
 from anabranch.serve import generate_command as generate
 from anabranch.serve import serve_command as serve
 from anabranch.train import command as train_lm
+from anabranch.tune import command as tune
 from anabranch.version import __version__
 
 EXAMPLES = """examples:

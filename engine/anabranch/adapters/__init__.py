@@ -1,1 +1,1 @@
-"""Low-rank adapters of a model's linear layers: to train, to save and to serve."""
+"""Low-rank adapters beside the linear layers of a model, in memory and on disk."""

@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anabranch.adapters import tune as tuning
 from anabranch.adapters.files import load_adapters
-from anabranch.adapters.settings import TuneSettings
-from anabranch.adapters.tune import mean_loss, packed_loss, tune
 from anabranch.data.instructions import Example
 from anabranch.data.packing import Packs
 from anabranch.models.config import ModelConfig
 from anabranch.models.transformer import DenseAttend, Transformer
 from anabranch.models.weights import load_model, save_model
 from anabranch.train.tokenizer import write_tokenizer
+from anabranch.tune import job as tuning
+from anabranch.tune.job import mean_loss, packed_loss, tune
+from anabranch.tune.settings import TuneSettings
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from anabranch.adapters.attach import Branch, attach
 from anabranch.adapters.files import CONFIG, save_adapters
 from anabranch.adapters.rank_lora import RankLora, RankLoraSettings
-from anabranch.adapters.settings import TuneSettings
 from anabranch.adapters.triadapt import Growth, TriAdapt, TriAdaptSettings
 from anabranch.common import run_state
 from anabranch.common.checkpoint import write_json
@@ -35,6 +34,7 @@ from anabranch.data.packing import IGNORED, Packed, Packs
 from anabranch.data.tokenizer import load_tokenizer
 from anabranch.models.transformer import PackedAttend, Transformer
 from anabranch.models.weights import load_model
+from anabranch.tune.settings import TuneSettings
 
 LOG, REPORT = "loss.jsonl", "tuning.json"
 BETAS = (0.9, 0.999)

@@ -9,10 +9,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anabranch.adapters.settings import DTYPES, GATES, METHODS, TuneSettings
+from anabranch.tune.settings import DTYPES, GATES, METHODS, TuneSettings
 
 if TYPE_CHECKING:
-    from anabranch.adapters.tune import Outcome
+    from anabranch.tune.job import Outcome
 
 INTERRUPTED = 130  # 128 + SIGINT
 EXAMPLES = """examples:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     values = {field.name: getattr(args, field.name) for field in fields(TuneSettings)}
     settings = TuneSettings(**{**values, "targets": tuple(args.targets)})
 
-    from anabranch.adapters.tune import tune
+    from anabranch.tune.job import tune
 
     with processes() as rank:
         outcome = tune(settings)

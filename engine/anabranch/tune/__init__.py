@@ -1,0 +1,1 @@
+"""Adapters trained on examples, and experiments that show what each method is worth."""
