@@ -1,0 +1,161 @@
+"""The steps of a federated method, as FedAvg takes them. Every other method is a class that changes one or two.
+
+    server   first -> send -> ........................................ -> aggregate
+    client            fresh -> begin -> (begin_epoch -> loss ... -> end_epoch) ... -> end, reply
+    all      survey -> answer of every client -> settle                in the rounds in which the method asks them all
+
+Clients are trained in groups: every tensor has N clients in front, and nothing may pass from one of them to another. So
+the same steps run for thousands of clients in one computation, for one client alone, and on a device far away.
+
+FedAvg: McMahan et al., arXiv 1602.05629.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from anabranch.federated.networks.layout import Network, Output, forward
+from anabranch.federated.packed import Batch, Packed
+from anabranch.federated.schedule import Schedule
+from anabranch.federated.streams import Streams
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(slots=True, kw_only=True)
+class Visit:
+    """A group of N clients in one round; W networks each.
+
+    round       from 0
+    clients     [N] int64      their numbers
+    data        their samples
+    received    [W * N, D]     the rows they begin with, network after network
+    sent        [N, ...]       what the method's server sent beside the model
+    kept        [N, ...]       what the clients keep from one visit to the next; one entry a sample: [N, n, ...]
+    streams     their random numbers
+    statistics  [W * N, S]     of the latest pass in training, None if the network has none
+    """
+
+    network: Network
+    schedule: Schedule
+    round: int
+    clients: Tensor
+    data: Packed
+    received: Tensor
+    sent: Tensors
+    kept: dict[str, Tensor]
+    streams: Streams
+    statistics: Tensor | None = field(default=None)
+
+    def see(self, rows: Tensor, x: Tensor, *, training: bool = True) -> Output:
+        """What the networks of rows [W * N, D] say of x [N, B, ...]: [W * N, B, ...]."""
+        copies = len(rows) // len(x)
+        out = forward(self.network, rows, x.repeat(copies, *[1] * (x.ndim - 1)) if copies > 1 else x, training=training)
+        if training:
+            self.statistics = out.statistics
+        return out
+
+
+class Replies(NamedTuple):
+    """What came back from the m clients of a round, in the order of their numbers.
+
+    clients   [m] int64
+    counts    [m] int64          samples of each
+    models    [m, W, D] float32  None if the method needs only their mean
+    mean      [W, D] float32     weighted by `counts`
+    lengths   [m, W] float64     squared distance of each model from the one that was sent
+    extra     [m, ...]           what `reply` gave beside the model
+    """
+
+    clients: Tensor
+    counts: Tensor
+    models: Tensor | None
+    mean: Tensor
+    lengths: Tensor
+    extra: Tensors
+
+    @property
+    def weights(self) -> Tensor:
+        """[m] float64, with sum one: shares of the samples."""
+        return self.counts.double().div(self.counts.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FedAvg:
+    """Local SGD on cross-entropy; the mean of the models, weighted by their clients' samples.
+
+    networks    W: networks that the federation trains
+    needs_all   the server needs all models of a round at once, not only their mean
+    per_sample  names in `kept` that have one entry for each sample
+    """
+
+    networks: ClassVar[int] = 1
+    needs_all: ClassVar[bool] = False
+    per_sample: ClassVar[frozenset[str]] = frozenset()
+
+    def first(self, network: Network, clients: int) -> dict[str, Tensor]:
+        """What the server knows before the first round, beside "model" [W, D]."""
+        return {}
+
+    def send(self, server: Tensors, clients: Tensor, round: int) -> dict[str, Tensor]:
+        """[N, ...]: what each of these clients gets beside the model."""
+        return {}
+
+    def fresh(self, network: Network, data: Packed) -> dict[str, Tensor]:
+        """[N, ...]: what clients keep before their first visit."""
+        return {}
+
+    def begin(self, visit: Visit, rows: Tensor) -> None:
+        """Before the first epoch."""
+
+    def begin_epoch(self, visit: Visit, rows: Tensor, epoch: int) -> None:
+        """Before each epoch."""
+
+    def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
+        """[W * N]: what each network descends; a mean over the samples that count."""
+        return batch_mean(cross_entropy(visit.see(rows, batch.x).logits, batch.y), batch)
+
+    def end_epoch(self, visit: Visit, rows: Tensor, epoch: int) -> None:
+        """After each epoch."""
+
+    def end(self, visit: Visit, rows: Tensor) -> Tensor:
+        """The rows that the clients send, after the last epoch."""
+        return rows
+
+    def reply(self, visit: Visit, rows: Tensor) -> dict[str, Tensor]:
+        """[N, ...]: what each client sends beside its model."""
+        return {}
+
+    def aggregate(self, server: Tensors, replies: Replies, round: int) -> dict[str, Tensor]:
+        """What the server knows after the round; at least a new "model" [W, D]."""
+        return {**server, "model": replies.mean}
+
+    def survey(self, round: int) -> bool:
+        """Whether every client is asked something before this round."""
+        return False
+
+    def answer(self, visit: Visit) -> dict[str, Tensor]:
+        """[N, ...]: what clients answer to a survey; `visit.received` is the model."""
+        return {}
+
+    def settle(self, server: Tensors, answers: Tensors, round: int) -> dict[str, Tensor]:
+        """What the server knows after a survey, answers [K, ...] of all clients."""
+        return dict(server)
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Of each sample: logits [W * N, B, C], y [N, B] int64 or probabilities [N, B, C] -> [W * N, B]."""
+    copies = len(logits) // len(y)
+    y = y.repeat(copies, *[1] * (y.ndim - 1)) if copies > 1 else y
+    each = F.cross_entropy(logits.flatten(0, 1), y.flatten(0, 1), reduction="none")
+    return each.view(logits.shape[:2])
+
+
+def batch_mean(values: Tensor, batch: Batch) -> Tensor:
+    """Over the samples of a batch that count: [W * N, B] -> [W * N]."""
+    copies = len(values) // len(batch.weight)
+    weighted: Tensor = values.unflatten(0, (copies, -1)) * batch.weight
+    return weighted.sum(-1).flatten()

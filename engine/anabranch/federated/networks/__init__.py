@@ -1,0 +1,1 @@
+"""Classifiers as functions of rows of numbers, for many clients in one computation."""

@@ -1,0 +1,91 @@
+"""Where the tensors of a network lie in a row of numbers, and what such networks have in common.
+
+Clients of one architecture are rows [N, D]; a network is a function of such rows and of what each row sees. All that a
+client trains or sends is then one row, and many clients are one computation. A row ends in statistics that are not
+trained (batch normalisation's); they are aggregated like all else, as plain numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Output(NamedTuple):
+    """logits      [N, B, C]
+    features    [N, B, d]   what the last layer reads
+    statistics  [N, S]      new values of the end of the rows; None without any, and in evaluation
+    """
+
+    logits: Tensor
+    features: Tensor
+    statistics: Tensor | None = None
+
+
+Views = Mapping[str, Tensor]
+
+
+class Network(Protocol):
+    """A classifier of N rows, each for inputs of its own.
+
+    classes  C
+    layout   what a row [D] is made of
+    flops    of a forward pass of one sample
+    """
+
+    classes: int
+    layout: "Layout"
+    flops: int
+
+    def first(self, generator: torch.Generator) -> Tensor:
+        """A row [D] to begin with."""
+        ...
+
+    def encode(self, views: Views, x: Tensor, *, training: bool) -> tuple[Tensor, list[Tensor]]:
+        """The lower part: x [N, B, ...] -> latents [N, B, F, ...] of F factors, and new statistics [N, ...]."""
+        ...
+
+    def decode(self, views: Views, latent: Tensor, *, training: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The upper part: logits [N, B, C], features [N, B, d] and further statistics."""
+        ...
+
+
+def forward(network: Network, rows: Tensor, x: Tensor, *, training: bool = False) -> Output:
+    """Both parts: rows [N, D], x [N, B, ...]."""
+    views = network.layout.views(rows)
+    latent, below = network.encode(views, x, training=training)
+    logits, features, above = network.decode(views, latent, training=training)
+    statistics = [s.flatten(1) for s in (*below, *above)]
+    return Output(logits, features, torch.cat(statistics, 1) if statistics else None)
+
+
+class Layout:
+    """Names and shapes of the tensors of a row, one after another: first what is trained, then statistics."""
+
+    def __init__(self, trained: Mapping[str, Sequence[int]], statistics: Mapping[str, Sequence[int]] | None = None):
+        self.shapes = {name: tuple(shape) for name, shape in (*trained.items(), *(statistics or {}).items())}
+        self.trained = sum(map(prod, trained.values()))
+        self.size = sum(map(prod, self.shapes.values()))
+
+    def views(self, rows: Tensor) -> dict[str, Tensor]:
+        """[N, *shape] of each tensor of rows [N, D]. One split, so that the gradient is put together once."""
+        parts = rows.split([prod(shape) for shape in self.shapes.values()], 1)
+        return {
+            name: part.unflatten(1, shape) if len(shape) > 1 else part
+            for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
+        }
+
+
+def uniform(shape: Sequence[int], inputs: int, generator: torch.Generator) -> Tensor:
+    """As torch.nn draws weights of linear and convolutional layers: within 1 / sqrt(inputs)."""
+    values = torch.rand(*shape, generator=generator) * 2 - 1
+    return values.div_(inputs**0.5)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [N, B, in], weight [N, in, out], bias [N, out] -> [N, B, out]."""
+    if len(x) == 1:  # one product of matrices is faster than a batch of one
+        return torch.addmm(bias[0], x[0], weight[0])[None]
+    return torch.baddbmm(bias[:, None], x, weight)

@@ -1,0 +1,81 @@
+"""The samples of a group of clients side by side, and the order in which each goes through its own."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from anabranch.federated.streams import Streams
+
+
+class Packed(NamedTuple):
+    """Samples of N clients, each row filled up to the longest with copies of its first sample.
+
+    x       [N, n, ...]
+    y       [N, n] int64    the labels they learn from
+    counts  [N] int64       how many are a client's own
+    """
+
+    x: Tensor
+    y: Tensor
+    counts: Tensor
+
+    @property
+    def real(self) -> Tensor:
+        """[N, n] bool: not filled up."""
+        return torch.arange(self.y.shape[1]) < self.counts[:, None]
+
+
+class Batch(NamedTuple):
+    """What each of N clients looks at in one step; where a client has fewer samples, some count nothing.
+
+    x       [N, B, ...]
+    y       [N, B] int64
+    which   [N, B] int64     which of the client's samples they are
+    weight  [N, B] float32   1 / size of the client's batch, or 0: sums of losses times these are means
+    live    [N] bool         whether the client takes this step at all
+    number  of the step, from 0, over all epochs
+    """
+
+    x: Tensor
+    y: Tensor
+    which: Tensor
+    weight: Tensor
+    live: Tensor
+    number: int
+
+    @property
+    def real(self) -> Tensor:
+        """[N, B] bool: samples that count."""
+        return self.weight > 0
+
+
+def pack(x: Tensor, y: Tensor, owned: list[Tensor]) -> Packed:
+    """The samples x [M, ...], y [M] of clients that own some of them each, owned [N] of indices [n_i], n_i >= 1."""
+    counts = torch.tensor([len(one) for one in owned])
+    index = owned[0].new_zeros(len(owned), int(counts.max()))
+    for row, one in zip(index, owned, strict=True):
+        row[: len(one)], row[len(one) :] = one, one[0]
+    return Packed(x[index], y[index], counts)
+
+
+def epoch(
+    data: Packed, streams: Streams, number: int, *, size: int, drop_last: bool, steps: int = 0
+) -> Iterator[Batch]:
+    """The batches of one epoch, each sample once, in an order of the client's own.
+
+    drop_last  leave out what does not fill a batch, but for clients whose samples fill none
+    steps      of the epochs before, to number these
+    """
+    order = streams.order(data.counts, data.y.shape[1], number)
+    counts = data.counts - data.counts % size * (data.counts >= size) if drop_last else data.counts
+    x, y, n = data.x.flatten(0, 1), data.y.flatten(), data.y.shape[1]
+    first = torch.arange(len(order))[:, None] * n
+    for begin in range(0, int(counts.max()), size):
+        index = order[:, begin : begin + size]
+        sizes = (counts - begin).clamp(0, index.shape[1])
+        weight = (torch.arange(index.shape[1]) < sizes[:, None]) / sizes.clamp_min(1)[:, None]
+        flat = (first + index).flatten()
+        rows = x.index_select(0, flat).unflatten(0, index.shape)
+        yield Batch(rows, y[flat].view_as(index), index, weight.float(), sizes > 0, steps + begin // size)
