@@ -140,7 +140,7 @@ def _visits(federation: Federation, clients: Tensor) -> Iterator[Visit]:
     owned = f.holdings.owned
     flops = BACKWARD * W * f.network.flops * f.schedule.batch
     by_count = sorted(clients.tolist(), key=lambda k: (len(owned[k]), k))
-    size = group_size(W * f.network.layout.size, flops)
+    size = 1 if f.network.batch_statistics else group_size(W * f.network.layout.size, flops)
     for begin in range(0, len(by_count), size):
         group = sorted(by_count[begin : begin + size])
         numbers = torch.tensor(group)

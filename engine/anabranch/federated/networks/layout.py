@@ -30,14 +30,16 @@ Views = Mapping[str, Tensor]
 class Network(Protocol):
     """A classifier of N rows, each for inputs of its own.
 
-    classes  C
-    layout   what a row [D] is made of
-    flops    of a forward pass of one sample
+    classes           C
+    layout            what a row [D] is made of
+    flops             of a forward pass of one sample
+    batch_statistics  a sample's output in training depends on its batch, so clients are trained one at a time
     """
 
     classes: int
     layout: "Layout"
     flops: int
+    batch_statistics: bool
 
     def first(self, generator: torch.Generator) -> Tensor:
         """A row [D] to begin with."""

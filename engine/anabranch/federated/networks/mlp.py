@@ -13,6 +13,8 @@ from anabranch.federated.networks.layout import Layout, Views, linear, uniform
 class MLP:
     """Widths of inputs, hidden layers and classes: (64, 64, 10). The latents are the first hidden layer's outputs."""
 
+    batch_statistics = False
+
     def __init__(self, widths: Sequence[int]) -> None:
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"widths must be two or more positive numbers, got {list(widths)}")
