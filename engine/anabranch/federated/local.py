@@ -22,18 +22,14 @@ def train(method: FedAvg, visit: Visit) -> Tensor:
     schedule, trained = visit.schedule, visit.network.layout.trained
     rows = visit.received.clone()
     velocity = torch.zeros(len(rows), trained)
-    copies, steps = len(rows) // len(visit.clients), 0
+    copies = len(rows) // len(visit.clients)
     method.begin(visit, rows)
     for number in range(schedule.epochs):
         method.begin_epoch(visit, rows, number)
-        batches = epoch(
-            visit.data, visit.streams, number, size=schedule.batch, drop_last=schedule.drop_last, steps=steps
-        )
-        for batch in batches:
+        for batch in epoch(visit.data, visit.streams, number, size=schedule.batch, drop_last=schedule.drop_last):
             leaf = rows.detach().requires_grad_()
             (slope,) = torch.autograd.grad(method.loss(visit, leaf, batch).sum(), leaf)
             step(rows, slope, velocity, visit, batch.live.repeat(copies))
-            steps = batch.number + 1
         method.end_epoch(visit, rows, number)
     return method.end(visit, rows)
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from anabranch.federated.streams import Streams
 
+EPOCH = 1 << 16  # steps of an epoch, at most: batches are numbered by it
+
 
 class Packed(NamedTuple):
     """Samples of N clients, each row filled up to the longest with copies of its first sample.
@@ -35,7 +37,7 @@ class Batch(NamedTuple):
     which   [N, B] int64     which of the client's samples they are
     weight  [N, B] float32   1 / size of the client's batch, or 0: sums of losses times these are means
     live    [N] bool         whether the client takes this step at all
-    number  of the step, from 0, over all epochs
+    number  tells this step from all others of the visit, whoever is trained beside
     """
 
     x: Tensor
@@ -60,13 +62,11 @@ def pack(x: Tensor, y: Tensor, owned: list[Tensor]) -> Packed:
     return Packed(x[index], y[index], counts)
 
 
-def epoch(
-    data: Packed, streams: Streams, number: int, *, size: int, drop_last: bool, steps: int = 0
-) -> Iterator[Batch]:
+def epoch(data: Packed, streams: Streams, number: int, *, size: int, drop_last: bool) -> Iterator[Batch]:
     """The batches of one epoch, each sample once, in an order of the client's own.
 
+    number     of the epoch
     drop_last  leave out what does not fill a batch, but for clients whose samples fill none
-    steps      of the epochs before, to number these
     """
     order = streams.order(data.counts, data.y.shape[1], number)
     counts = data.counts - data.counts % size * (data.counts >= size) if drop_last else data.counts
@@ -78,4 +78,4 @@ def epoch(
         weight = (torch.arange(index.shape[1]) < sizes[:, None]) / sizes.clamp_min(1)[:, None]
         flat = (first + index).flatten()
         rows = x.index_select(0, flat).unflatten(0, index.shape)
-        yield Batch(rows, y[flat].view_as(index), index, weight.float(), sizes > 0, steps + begin // size)
+        yield Batch(rows, y[flat].view_as(index), index, weight.float(), sizes > 0, number * EPOCH + begin // size)

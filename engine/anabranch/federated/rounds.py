@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.federated.local import group_size, train
@@ -178,6 +179,16 @@ def _keep(federation: Federation, visit: Visit) -> None:
 
 
 def _in_order(clients: Tensor, parts: Sequence[tuple[Tensor, Tensors]]) -> dict[str, Tensor]:
-    """Entries of groups of clients as one tensor each, in the order of their numbers."""
+    """Entries of groups of clients as one tensor each, in the order of their numbers.
+
+    Where groups have more or fewer things of a client ([N, things, ...]), all are filled up with zeros.
+    """
     order = torch.cat([numbers for numbers, _ in parts]).argsort()
-    return {name: torch.cat([entries[name] for _, entries in parts])[order] for name in parts[0][1]}
+    return {name: _filled_up([entries[name] for _, entries in parts])[order] for name in parts[0][1]}
+
+
+def _filled_up(parts: Sequence[Tensor]) -> Tensor:
+    if parts[0].ndim > 1:
+        most = max(part.shape[1] for part in parts)
+        parts = [F.pad(part, (0, 0) * (part.ndim - 2) + (0, most - part.shape[1])) for part in parts]
+    return torch.cat(list(parts))

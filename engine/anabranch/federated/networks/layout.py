@@ -15,12 +15,14 @@ from torch import Tensor
 
 class Output(NamedTuple):
     """logits      [N, B, C]
-    features    [N, B, d]   what the last layer reads
-    statistics  [N, S]      new values of the end of the rows; None without any, and in evaluation
+    features    [N, B, d]       what the last layer reads
+    latent      [N, B, F, ...]  what the lower part makes of the inputs: F factors
+    statistics  [N, S]          new values of the end of the rows; None without any, and in evaluation
     """
 
     logits: Tensor
     features: Tensor
+    latent: Tensor
     statistics: Tensor | None = None
 
 
@@ -60,7 +62,7 @@ def forward(network: Network, rows: Tensor, x: Tensor, *, training: bool = False
     latent, below = network.encode(views, x, training=training)
     logits, features, above = network.decode(views, latent, training=training)
     statistics = [s.flatten(1) for s in (*below, *above)]
-    return Output(logits, features, torch.cat(statistics, 1) if statistics else None)
+    return Output(logits, features, latent, torch.cat(statistics, 1) if statistics else None)
 
 
 class Layout:

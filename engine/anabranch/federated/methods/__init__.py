@@ -1,0 +1,1 @@
+"""Federated methods, one a module; each is FedAvg with some steps changed."""

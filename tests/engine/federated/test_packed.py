@@ -1,0 +1,53 @@
+"""Batches: each client goes through its own samples as if it were alone."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.federated.packed import epoch, pack
+from anabranch.federated.streams import Streams
+
+
+def batches(counts, clients, *, size, drop_last, number=1):
+    M = sum(counts)
+    x = torch.arange(M, dtype=torch.float32)[:, None]
+    data = pack(x, torch.arange(M), list(torch.arange(M).split(list(counts))))
+    return data, list(epoch(data, Streams(5, torch.tensor(clients), 2), number, size=size, drop_last=drop_last))
+
+
+@given(st.lists(st.integers(1, 11), min_size=1, max_size=5), st.integers(1, 6), st.booleans())
+def test_every_client_is_as_if_alone(counts, size, drop_last):
+    _, together = batches(counts, list(range(len(counts))), size=size, drop_last=drop_last)
+    for i, count in enumerate(counts):
+        _, alone = batches([count], [i], size=size, drop_last=drop_last)
+        mine = [batch for batch in together if bool(batch.live[i])]
+        assert len(mine) == len(alone)
+        for ours, single in zip(mine, alone, strict=True):
+            real = ours.real[i]
+            assert torch.equal(ours.which[i][real], single.which[0][single.real[0]])
+            assert ours.number == single.number
+            torch.testing.assert_close(ours.weight[i].sum(), torch.tensor(1.0))
+
+
+@given(st.lists(st.integers(1, 11), min_size=1, max_size=5), st.integers(1, 6))
+def test_an_epoch_shows_every_sample_once(counts, size):
+    data, all_batches = batches(counts, list(range(len(counts))), size=size, drop_last=False)
+    for i, count in enumerate(counts):
+        seen = torch.cat([batch.which[i][batch.real[i]] for batch in all_batches])
+        assert sorted(seen.tolist()) == list(range(count))
+        shown = torch.cat([batch.y[i][batch.real[i]] for batch in all_batches])
+        assert torch.equal(shown, data.y[i][seen])
+        assert torch.equal(torch.cat([batch.x[i][batch.real[i]] for batch in all_batches])[:, 0], shown.float())
+
+
+def test_what_does_not_fill_a_batch_is_left_out_but_never_everything():
+    _, steps = batches([7, 2], [0, 1], size=3, drop_last=True)
+    assert [batch.real.sum(1).tolist() for batch in steps] == [[3, 2], [3, 0]]
+    assert [batch.live.tolist() for batch in steps] == [[True, True], [True, False]]
+
+
+def test_epochs_differ_in_their_order_and_their_numbers():
+    _, first = batches([9], [0], size=3, drop_last=False, number=0)
+    _, second = batches([9], [0], size=3, drop_last=False, number=1)
+    assert not torch.equal(first[0].which, second[0].which)
+    assert not {batch.number for batch in first} & {batch.number for batch in second}
