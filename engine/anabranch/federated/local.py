@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 from anabranch.federated.method import FedAvg, Visit
-from anabranch.federated.packed import epoch
+from anabranch.federated.packed import Batch, epoch
 
 # Clients share a computation while their rows, gradients and momentum stay in a core's cache, and only where a client's
 # own products are too small to fill a core: beyond, one after another is faster (measured, benchmarks/results).
@@ -19,35 +20,62 @@ def group_size(size: int, flops: float) -> int:
 
 def train(method: FedAvg, visit: Visit) -> Tensor:
     """What the clients of a visit make of the model: rows [W * N, D]. `visit.kept` is theirs afterwards, too."""
-    schedule, trained = visit.schedule, visit.network.layout.trained
+    schedule = visit.schedule
     rows = visit.received.clone()
-    velocity = torch.zeros(len(rows), trained)
-    copies = len(rows) // len(visit.clients)
+    velocity = torch.zeros_like(rows)
     method.begin(visit, rows)
     for number in range(schedule.epochs):
         method.begin_epoch(visit, rows, number)
         for batch in epoch(visit.data, visit.streams, number, size=schedule.batch, drop_last=schedule.drop_last):
-            leaf = rows.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(method.loss(visit, leaf, batch).sum(), leaf)
-            step(rows, slope, velocity, visit, batch.live.repeat(copies))
+            step(rows, velocity, slope_of(method, visit, rows, batch), visit, batch)
         method.end_epoch(visit, rows, number)
     return method.end(visit, rows)
 
 
-def step(rows: Tensor, slope: Tensor, velocity: Tensor, visit: Visit, live: Tensor) -> None:
+def slope_of(method: FedAvg, visit: Visit, rows: Tensor, batch: Batch) -> list[Tensor]:
+    """Of the loss in rows [W * N, D]: one tensor for all of them, or of a single row one for each trained tensor.
+
+    A single row's tensors are leaves of their own, so that their slopes need not be copied into one.
+    """
+    leaf = rows.detach().requires_grad_()
+    if len(rows) > 1:
+        return list(torch.autograd.grad(method.loss(visit, leaf, batch).sum(), leaf))
+    layout = visit.network.layout
+    views = {name: view.detach().requires_grad_() for name, view in layout.views(rows).items()}
+    visit.leaves = leaf, views
+    loss = method.loss(visit, leaf, batch).sum()
+    trained = list(views.values())[: layout.tensors_trained]
+    whole, *slopes = torch.autograd.grad(loss, [leaf, *trained], allow_unused=True, materialize_grads=False)
+    visit.leaves = None
+    if whole is None:
+        return [torch.zeros_like(view) if slope is None else slope for view, slope in zip(trained, slopes, strict=True)]
+    added = list(
+        layout.views(whole).values()
+    )  # what a method makes of the row itself, such as its distance from another
+    return [more if slope is None else slope + more for slope, more in zip(slopes, added, strict=False)]
+
+
+def step(rows: Tensor, velocity: Tensor, slopes: list[Tensor], visit: Visit, batch: Batch) -> None:
     """One step of SGD in place: velocity = momentum * velocity + slope + weight_decay * rows, rows -= lr * velocity.
 
-    Rows that are not live [W * N] bool stay as they are.
+    Clients whose batch is not live keep their rows and velocities as they are.
     """
-    schedule, trained = visit.schedule, visit.network.layout.trained
-    slope, weights = slope[:, :trained], rows[:, :trained]
-    if not bool(live.all()):
-        stopped, before = ~live, (velocity[~live], rows[~live])
-    velocity.mul_(schedule.momentum).add_(slope)
-    if schedule.weight_decay:
-        velocity.add_(weights, alpha=schedule.weight_decay)
-    weights.sub_(velocity, alpha=schedule.lr)
+    schedule, layout = visit.schedule, visit.network.layout
+    trained = layout.trained
+    all_live = bool(batch.live.all())
+    if not all_live:
+        stopped = ~batch.live.repeat(len(rows) // len(batch.live))
+        before = rows[stopped], velocity[stopped]
+    if len(slopes) > 1:
+        weights, velocities = (list(layout.views(x).values())[: len(slopes)] for x in (rows, velocity))
+    else:
+        weights, velocities, slopes = [rows[:, :trained]], [velocity[:, :trained]], [slopes[0][:, :trained]]
+    moments: list[Tensor | None] = [*velocities]  # as torch declares them
+    sgd(
+        weights, slopes, moments, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay,
+        dampening=0.0, nesterov=False, maximize=False, fused=True,
+    )  # fmt: skip
     if visit.statistics is not None:
         rows[:, trained:] = visit.statistics.detach()
-    if not bool(live.all()):
-        velocity[stopped], rows[stopped] = before
+    if not all_live:
+        rows[stopped], velocity[stopped] = before

@@ -11,13 +11,13 @@ FedAvg: McMahan et al., arXiv 1602.05629.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from anabranch.federated.networks.layout import Network, Output, forward
+from anabranch.federated.networks.layout import Network, Output, Views, forward
 from anabranch.federated.packed import Batch, Packed
 from anabranch.federated.schedule import Schedule
 from anabranch.federated.streams import Streams
@@ -37,6 +37,7 @@ class Visit:
     kept        [N, ...]       what the clients keep from one visit to the next; one entry a sample: [N, n, ...]
     streams     their random numbers
     statistics  [W * N, S]     of the latest pass in training, None if the network has none
+    leaves      rows whose tensors are leaves of autograd, and these; while a single row's slope is computed
     """
 
     network: Network
@@ -48,12 +49,15 @@ class Visit:
     sent: Tensors
     kept: dict[str, Tensor]
     streams: Streams
-    statistics: Tensor | None = field(default=None)
+    statistics: Tensor | None = None
+    leaves: tuple[Tensor, Views] | None = None
 
     def see(self, rows: Tensor, x: Tensor, *, training: bool = True) -> Output:
         """What the networks of rows [W * N, D] say of x [N, B, ...]: [W * N, B, ...]."""
         copies = len(rows) // len(x)
-        out = forward(self.network, rows, x.repeat(copies, *[1] * (x.ndim - 1)) if copies > 1 else x, training=training)
+        x = x.repeat(copies, *[1] * (x.ndim - 1)) if copies > 1 else x
+        views = self.leaves[1] if self.leaves is not None and rows is self.leaves[0] else None
+        out = forward(self.network, rows, x, training=training, views=views)
         if training:
             self.statistics = out.statistics
         return out

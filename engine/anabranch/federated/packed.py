@@ -12,16 +12,23 @@ EPOCH = 1 << 16  # steps of an epoch, at most: batches are numbered by it
 
 
 class Packed(NamedTuple):
-    """Samples of N clients, each row filled up to the longest with copies of its first sample.
+    """Samples of N clients, each row filled up to the longest with its first sample.
 
-    x       [N, n, ...]
+    source  [M, ...]        samples of all
+    owned   [N, n] int64    which of these are a client's
     y       [N, n] int64    the labels they learn from
-    counts  [N] int64       how many are a client's own
+    counts  [N] int64       how many of a row are a client's own
     """
 
-    x: Tensor
+    source: Tensor
+    owned: Tensor
     y: Tensor
     counts: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        """[N, n, ...], copied."""
+        return _take(self.source, self.owned)
 
     @property
     def real(self) -> Tensor:
@@ -59,7 +66,7 @@ def pack(x: Tensor, y: Tensor, owned: list[Tensor]) -> Packed:
     index = owned[0].new_zeros(len(owned), int(counts.max()))
     for row, one in zip(index, owned, strict=True):
         row[: len(one)], row[len(one) :] = one, one[0]
-    return Packed(x[index], y[index], counts)
+    return Packed(x, index, y[index], counts)
 
 
 def epoch(data: Packed, streams: Streams, number: int, *, size: int, drop_last: bool) -> Iterator[Batch]:
@@ -70,12 +77,17 @@ def epoch(data: Packed, streams: Streams, number: int, *, size: int, drop_last: 
     """
     order = streams.order(data.counts, data.y.shape[1], number)
     counts = data.counts - data.counts % size * (data.counts >= size) if drop_last else data.counts
-    x, y, n = data.x.flatten(0, 1), data.y.flatten(), data.y.shape[1]
-    first = torch.arange(len(order))[:, None] * n
-    for begin in range(0, int(counts.max()), size):
-        index = order[:, begin : begin + size]
-        sizes = (counts - begin).clamp(0, index.shape[1])
-        weight = (torch.arange(index.shape[1]) < sizes[:, None]) / sizes.clamp_min(1)[:, None]
-        flat = (first + index).flatten()
-        rows = x.index_select(0, flat).unflatten(0, index.shape)
-        yield Batch(rows, y[flat].view_as(index), index, weight.float(), sizes > 0, number * EPOCH + begin // size)
+    places, longest = torch.arange(size), int(counts.max())
+    index, y = data.owned.gather(1, order), data.y.gather(1, order)
+    for begin in range(0, longest, size):
+        batch = slice(begin, min(begin + size, order.shape[1]))
+        which = order[:, batch]
+        sizes = (counts - begin).clamp(0, which.shape[1])
+        weight = (places[: which.shape[1]] < sizes[:, None]) / sizes.clamp_min(1)[:, None]
+        x, step = _take(data.source, index[:, batch]), number * EPOCH + begin // size
+        yield Batch(x, y[:, batch], which, weight.float(), sizes > 0, step)
+
+
+def _take(source: Tensor, which: Tensor) -> Tensor:
+    """source [M, ...], which [N, n] -> [N, n, ...]."""
+    return source.index_select(0, which.flatten()).view(*which.shape, *source.shape[1:])

@@ -20,10 +20,11 @@ from anabranch.federated.method import FedAvg, Replies, Tensors, Visit
 from anabranch.federated.networks.layout import Network
 from anabranch.federated.packed import Packed, pack
 from anabranch.federated.schedule import Schedule
-from anabranch.federated.streams import MASK, Streams
+from anabranch.federated.streams import Streams
 
 T = TypeVar("T")
 R = TypeVar("R")
+NOBODY = (1 << 32) - 1  # the server draws cohorts as if it were this client
 BACKWARD = 3  # a pass there and back costs about three passes there
 
 
@@ -70,7 +71,7 @@ def found(method: FedAvg, network: Network, holdings: Holdings, schedule: Schedu
 def cohort(schedule: Schedule, clients: int, round: int) -> Tensor:
     """Numbers [m] of the clients of a round, rising."""
     everyone = torch.tensor([clients])
-    order = Streams(schedule.seed, torch.tensor([MASK]), round).order(everyone, clients, 0)[0]
+    order = Streams(schedule.seed, torch.tensor([NOBODY]), round).order(everyone, clients, 0)[0]
     return order[: schedule.cohort_size(clients)].sort().values
 
 

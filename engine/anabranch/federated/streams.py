@@ -6,13 +6,18 @@ after a restart draw the same. For simulation, not for secrets.
 """
 
 import math
+from collections.abc import Sequence
 from enum import IntEnum
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-MULTIPLIERS, WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
-ROUNDS, MASK = 10, 0xFFFFFFFF
+Words = NDArray[np.uint64]
+MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+ROUNDS, HALF, MASK = 10, np.uint64(32), np.uint64(0xFFFFFFFF)
 HALVES = 2.0**-24  # float32 has as many numbers in [0, 1), all equally far apart
 
 
@@ -25,22 +30,16 @@ class Purpose(IntEnum):
     METHOD = 3
 
 
-def philox(counter: Tensor, key: Tensor) -> Tensor:
-    """Four random 32-bit words of each counter [..., 4] under a key [..., 2], all int64 in [0, 2^32): [..., 4]."""
-    c0, c1, c2, c3 = counter.unbind(-1)
-    k0, k1 = key.unbind(-1)
+def philox(counter: Sequence[Words], key: Sequence[Words]) -> Words:
+    """Four random 32-bit words of each counter [4, ...] under a key [2, ...], uint64 below 2^32: [4, ...]."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
     for i in range(ROUNDS):
         if i:
             k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
-        (high0, low0), (high1, low1) = _product(c0, MULTIPLIERS[0]), _product(c2, MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)
-
-
-def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low word of a product; int64 wraps around, which leaves its 64 bits right."""
-    product = a * (b - (1 << 64) if b >= 1 << 63 else b)
-    return (product >> 32) & MASK, product & MASK
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> HALF) ^ c1 ^ k0, p1 & MASK, (p0 >> HALF) ^ c3 ^ k1, p0 & MASK
+    return np.stack(np.broadcast_arrays(c0, c1, c2, c3))
 
 
 class Streams:
@@ -48,13 +47,15 @@ class Streams:
 
     def __init__(self, seed: int, clients: Tensor, round: int) -> None:
         self.clients, self.round = clients, round
-        self._key = torch.stack([torch.full_like(clients, seed & MASK), clients & MASK], -1)[:, None]
+        numbers = clients.numpy().astype(np.uint64)[:, None]
+        self._key = np.full_like(numbers, seed), numbers
 
     def words(self, count: int, purpose: Purpose, part: int = 0) -> Tensor:
         """[N, count] int64 in [0, 2^32). `part` tells draws of one purpose apart, such as epochs or steps."""
-        blocks = torch.arange(-(-count // 4))
-        counter = torch.stack([blocks, *(torch.full_like(blocks, n) for n in (self.round, purpose, part))], -1)
-        return philox(counter[None], self._key).flatten(1)[:, :count]
+        blocks = np.arange(-(-count // 4), dtype=np.uint64)[None]
+        counter = (blocks, *(np.full_like(blocks, n) for n in (self.round, purpose, part)))
+        words = philox(counter, self._key).transpose(1, 2, 0).reshape(len(self.clients), -1)
+        return torch.from_numpy(words[:, :count].astype(np.int64))
 
     def uniform(self, count: int, purpose: Purpose, part: int = 0) -> Tensor:
         """[N, count] float32 in [0, 1)."""
@@ -72,4 +73,4 @@ class Streams:
         """
         words = self.words(longest, Purpose.ORDER, part)
         beyond = torch.arange(longest) >= counts[:, None]
-        return torch.where(beyond, words + MASK + 1, words).argsort(dim=1, stable=True)
+        return torch.where(beyond, words + (1 << 32), words).argsort(dim=1, stable=True)

@@ -18,7 +18,8 @@ def conv(x: Tensor, views: Views, name: str, *, stride: int = 1, padding: int = 
     """weight [N, o, c, k, k], perhaps a bias [N, o] -> [N, B, o, h', w']."""
     weight, bias = views[f"{name}.weight"], views.get(f"{name}.bias")
     if len(x) == 1:
-        return F.conv2d(x[0], weight[0], None if bias is None else bias[0], stride, padding)[None]
+        bias = None if bias is None else bias.squeeze(0)
+        return F.conv2d(x.squeeze(0), weight.squeeze(0), bias, stride, padding).unsqueeze(0)
     N, o = weight.shape[:2]
     flat_bias = None if bias is None else bias.flatten()
     y = F.conv2d(x.transpose(0, 1).flatten(1, 2), weight.flatten(0, 1), flat_bias, stride, padding, groups=N)

@@ -56,9 +56,9 @@ class Network(Protocol):
         ...
 
 
-def forward(network: Network, rows: Tensor, x: Tensor, *, training: bool = False) -> Output:
-    """Both parts: rows [N, D], x [N, B, ...]."""
-    views = network.layout.views(rows)
+def forward(network: Network, rows: Tensor, x: Tensor, *, training: bool = False, views: Views | None = None) -> Output:
+    """Both parts: rows [N, D], x [N, B, ...]. `views` of the rows, if they are there already."""
+    views = network.layout.views(rows) if views is None else views
     latent, below = network.encode(views, x, training=training)
     logits, features, above = network.decode(views, latent, training=training)
     statistics = [s.flatten(1) for s in (*below, *above)]
@@ -70,7 +70,7 @@ class Layout:
 
     def __init__(self, trained: Mapping[str, Sequence[int]], statistics: Mapping[str, Sequence[int]] | None = None):
         self.shapes = {name: tuple(shape) for name, shape in (*trained.items(), *(statistics or {}).items())}
-        self.trained = sum(map(prod, trained.values()))
+        self.tensors_trained, self.trained = len(trained), sum(map(prod, trained.values()))
         self.size = sum(map(prod, self.shapes.values()))
 
     def views(self, rows: Tensor) -> dict[str, Tensor]:
@@ -91,5 +91,5 @@ def uniform(shape: Sequence[int], inputs: int, generator: torch.Generator) -> Te
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [N, B, in], weight [N, in, out], bias [N, out] -> [N, B, out]."""
     if len(x) == 1:  # one product of matrices is faster than a batch of one
-        return torch.addmm(bias[0], x[0], weight[0])[None]
+        return torch.addmm(bias.squeeze(0), x.squeeze(0), weight.squeeze(0)).unsqueeze(0)
     return torch.baddbmm(bias[:, None], x, weight)

@@ -10,7 +10,7 @@ from anabranch.federated.method import FedAvg, Visit
 from anabranch.federated.methods.fedcfa import FedCFA, dependence, exchanged, means_of_groups
 from anabranch.federated.networks.cnn import CNN
 from anabranch.federated.networks.mlp import MLP
-from anabranch.federated.packed import Packed, epoch, pack
+from anabranch.federated.packed import epoch, pack
 from anabranch.federated.rounds import Holdings, found, run_round
 from anabranch.federated.schedule import Schedule
 from anabranch.federated.streams import Streams
@@ -132,7 +132,7 @@ def test_means():
 
 
 def test_words_have_no_mean():
-    data = Packed(torch.zeros(1, 2, 4, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64), torch.tensor([2]))
+    data = pack(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), [torch.tensor([0, 1])])
     with pytest.raises(ValueError, match="int64 samples do not have"):
         means_of_groups(data, 1, NETWORK, torch.tensor([[0, 1]]))
 
