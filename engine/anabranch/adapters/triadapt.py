@@ -12,17 +12,20 @@ From its code        q = half the reference rank, alpha over the current rank.
 Reconstructed here   initial values: A normal, C the identity, B zero, which keeps the output at each growth and lets
                      gradients through (with all three zero, as published, nothing could learn); the identity is left
                      out of the norm; n is cut so that the budget holds; ties go to the earlier layer.
-Shared               the op anabranch_kernels.rank_lora computes x (C A)^T B^T.
+Shared               low_rank.py computes x (C A)^T B^T, and the penalty that keeps rows of A and of B orthonormal.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from anabranch_kernels.rank_lora.op import Adapter, rank_lora, table_of
+from anabranch.adapters.low_rank import low_rank, orthogonality
+from anabranch_kernels.rank_lora.op import Adapter, table_of
 
 MODELS = ("linear", "power", "constant")
 NORMS = ("rank", "blocks")
@@ -43,6 +46,7 @@ class TriAdaptSettings:
     steps       of the whole training
     alpha       dW is scaled by alpha / r, or by alpha / reference with keep_scale, which leaves old ranks as they are
     norm        importance is divided by the "rank" or by the number of "blocks"
+    orthogonality  weight of the penalty, the mean over all A and B of ||A A^T - I||_F; 0 for none
     """
 
     initial: int = 1
@@ -57,6 +61,7 @@ class TriAdaptSettings:
     alpha: float = 16.0
     keep_scale: bool = True
     norm: str = "rank"
+    orthogonality: float = 0.0
 
     def __post_init__(self) -> None:
         if self.model not in MODELS or self.norm not in NORMS:
@@ -67,6 +72,8 @@ class TriAdaptSettings:
             )
         if self.gained < 1 or self.most < 1 or self.interval < 1 or self.warmup < 0 or self.steps <= self.warmup:
             raise ValueError(f"need step, most and interval of at least 1 and 0 <= warmup < steps, got {self}")
+        if not self.orthogonality >= 0:
+            raise ValueError(f"orthogonality must not be negative, got {self.orthogonality}")
 
     @property
     def gained(self) -> int:
@@ -75,6 +82,41 @@ class TriAdaptSettings:
     @property
     def most_ranks(self) -> int:
         return 4 * self.reference if self.capacity is None else self.capacity
+
+
+class _Fold(torch.autograd.Function):
+    """C A and the living rows of B as one node of the graph; built from slices, products and masks it has twenty."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, lower: Tensor, upper: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+        C = _centre(lower, upper, below)
+        ctx.save_for_backward(a, C, below)
+        return C @ a[: len(C)], b[: len(C)].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, mixed: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
+        a, C, below = ctx.saved_tensors
+        rank, capacity = len(C), len(a)
+        da, db = a.new_empty(a.shape), b.new_empty(capacity, b.shape[1])
+        torch.mm(C.T, mixed, out=da[:rank])
+        db[:rank] = b
+        da[rank:].zero_()
+        db[rank:].zero_()
+        dC = mixed @ a[:rank].T
+        lower, upper = (C.new_zeros(capacity, capacity) for _ in range(2))
+        torch.mul(dC, below, out=lower[:rank, :rank])
+        torch.mul(dC, below.T, out=upper[:rank, :rank])
+        return da, db, lower, upper, None
+
+
+_fold: Callable[..., tuple[Tensor, Tensor]] = _Fold.apply
+
+
+def _centre(lower: Tensor, upper: Tensor, below: Tensor) -> Tensor:
+    """C [rank, rank]: Lo where `below` is one, on and below the diagonal of blocks, and Up on and above it."""
+    alive = slice(0, len(below))
+    return torch.addcmul(lower[alive, alive] * below, upper[alive, alive], below.T)
 
 
 class TriAdapt(nn.Module):
@@ -125,31 +167,35 @@ class TriAdapt(nn.Module):
         self.a[new] = (0.02 * torch.randn(ranks, self.a.shape[1], generator=random)).to(self.a)
         self.lower[new, new].fill_diagonal_(1.0)
         self.blocks[new] = int(self.blocks.max()) + 1
-        self.rank += ranks
+        self.count()
 
     def count(self) -> None:
-        """The rank, from the blocks that a checkpoint held."""
+        """The rank, and what follows from it, from the blocks that there are."""
         self.rank = int((self.blocks >= 0).sum())
+        came = self.blocks[: self.rank]
+        self._below = (came[:, None] >= came[None, :]).to(self.lower.dtype)
+        self._table = table_of([Adapter(first_rank=0, ranks=self.rank, scale=self.scale)], self.a.device)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.count()
+        return self
 
     @property
     def scale(self) -> float:
         return self.settings.alpha / (self.settings.reference if self.settings.keep_scale else self.rank)
 
     def centre(self) -> Tensor:
-        """C [rank, rank]: Lo on and below the diagonal of blocks, Up on and above it."""
-        came = self.blocks[: self.rank]
-        below, alive = came[:, None] >= came[None, :], slice(0, self.rank)
-        return self.lower[alive, alive] * below + self.upper[alive, alive] * below.T
+        """C [rank, rank]."""
+        return _centre(self.lower, self.upper, self._below)
 
     def forward(self, x: Tensor, adapter_of: Tensor | None = None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if adapter_of is None:
-            adapter_of = torch.zeros(len(rows), dtype=torch.int32, device=x.device)
-        table = table_of([Adapter(first_rank=0, ranks=self.rank, scale=self.scale)], x.device)
-        none, bias = x.new_zeros(0, x.shape[-1]), torch.zeros(0, device=x.device)
-        mixed, b = (self.centre() @ self.a[: self.rank]).to(x.dtype), self.b[: self.rank].to(x.dtype)
-        y = rank_lora(rows, mixed, b, none, bias, table, adapter_of).y
-        return y.view(*x.shape[:-1], -1)
+        mixed, b = _fold(self.a, self.b, self.lower, self.upper, self._below)
+        return low_rank(x, mixed.to(x.dtype), b.to(x.dtype), self._table, adapter_of)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The living rows of A and of B."""
+        return self.a[: self.rank], self.b[: self.rank]
 
     @torch.no_grad()
     def importance(self) -> float:
@@ -207,3 +253,8 @@ class Growth:
         for name, level in levels.items():
             self.layers[name].seen.fill_(level)
         return grown
+
+    def penalty(self) -> Tensor | None:
+        """The weighed penalty of all layers' A and B; None without one."""
+        weight = self.settings.orthogonality
+        return weight * orthogonality(layer.pair() for layer in self.layers.values()) if weight else None
