@@ -24,7 +24,7 @@ def low_rank(x: Tensor, a: Tensor, b: Tensor, table: Table, adapter_of: Tensor |
 
 
 def orthogonality(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The mean, over all A [r, inputs] and B [r, outputs], of ||A A^T - I||_F: zero where their rows are orthonormal."""
+    """The mean of ||A A^T - I||_F over all A [r, inputs] and B [r, outputs]: zero where their rows are orthonormal."""
     distances = [
         torch.linalg.matrix_norm(x @ x.T - torch.eye(len(x), dtype=x.dtype, device=x.device))
         for pair in pairs
