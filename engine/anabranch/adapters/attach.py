@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from anabranch.adapters.adalora import AdaLora
 from anabranch.adapters.rank_lora import RankLora
 from anabranch.adapters.triadapt import TriAdapt
 from anabranch.models.transformer import Transformer
 from anabranch.models.weights import projections
 
-Adapter = RankLora | TriAdapt
+Adapter = RankLora | TriAdapt | AdaLora
 Branch = Callable[[str, int, int], Adapter]  # name, inputs, outputs of a linear layer -> module on its input
 
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: plain LoRA as PEFT's own folders, the others as safetensors beside a JSON of settings.
+"""Adapters on disk: plain LoRA and AdaLoRA as PEFT's own folders, others as safetensors beside a JSON of settings.
 
 Both hold `adapter_config.json` and `adapter_model.safetensors`, with PEFT's names of tensors where PEFT has the method,
 so that either library loads what the other saved.
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from anabranch.adapters.adalora import AdaLora, AdaLoraSettings
 from anabranch.adapters.attach import Adapter, attach, linear_layers
 from anabranch.adapters.rank_lora import RankLora, RankLoraSettings
 from anabranch.adapters.triadapt import TriAdapt, TriAdaptSettings
@@ -24,8 +25,14 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "rank_lora": (RankLora, RankLoraSettings), "triadapt": (TriAdapt, TriAdaptSettings),
 }  # fmt: skip
 PEFT = {
-    "peft_type": "LORA", "task_type": None, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+    "task_type": None, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
     "inference_mode": True,
+}  # fmt: skip
+# AdaLoraSettings' names -> PEFT's.
+ADALORA = {
+    "initial": "init_r", "target": "target_r", "warmup": "tinit", "final": "tfinal", "interval": "deltaT",
+    "steps": "total_step", "alpha": "lora_alpha", "beta1": "beta1", "beta2": "beta2",
+    "orthogonality": "orth_reg_weight",
 }  # fmt: skip
 # What changes what a PEFT LoRA computes and is not computed here.
 UNSUPPORTED = (
@@ -53,7 +60,12 @@ def save_adapters(folder: str | Path, adapters: Mapping[str, Adapter], *, base_m
     out.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {"base_model_name_or_path": base_model, "target_modules": list(adapters)}
     if isinstance(settings, RankLoraSettings) and settings.chosen is None:
-        config |= {**PEFT, "r": settings.ranks, "lora_alpha": settings.alpha}
+        config |= {**PEFT, "peft_type": "LORA", "r": settings.ranks, "lora_alpha": settings.alpha}
+        tensors = _as_peft(adapters)
+    elif isinstance(settings, AdaLoraSettings):
+        config |= {**PEFT, "peft_type": "ADALORA", **{ADALORA[key]: x for key, x in asdict(settings).items()}}
+        alive = {name: one.alive for name, one in adapters.items() if isinstance(one, AdaLora)}
+        config |= {"rank_pattern": {f"{name}.lora_E": mask.tolist() for name, mask in alive.items()}}
         tensors = _as_peft(adapters)
     else:
         method = next(name for name, (_, kind) in METHODS.items() if isinstance(settings, kind))
@@ -79,10 +91,11 @@ def load_adapters(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | 
     method = str(config.get("peft_type", "")).lower()
     if method == "lora":
         return _from_peft(model, config, tensors, dtype)
+    if method == "adalora":
+        return _adalora_from_peft(model, config, tensors, dtype)
     if method not in METHODS:
-        raise ValueError(
-            f"{folder / CONFIG}: peft_type must be LORA, {', '.join(map(str.upper, METHODS))}, got {method!r}"
-        )
+        known = ", ".join(map(str.upper, ("lora", "adalora", *METHODS)))
+        raise ValueError(f"{folder / CONFIG}: peft_type must be {known}, got {method!r}")
     kind, settings_of = METHODS[method]
     settings = settings_of(**config["settings"])
 
@@ -100,26 +113,37 @@ def load_adapters(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | 
 def _as_peft(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, adapter in adapters.items():
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = adapter.a
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = adapter.b.T
+        start = f"{PEFT_PREFIX}{name}.lora_"
+        if isinstance(adapter, AdaLora):
+            alive = adapter.alive
+            tensors |= {f"{start}A": adapter.a[alive], f"{start}E": adapter.e[alive], f"{start}B": adapter.b[alive].T}
+        else:
+            tensors |= {f"{start}A.weight": adapter.a, f"{start}B.weight": adapter.b.T}
     return tensors
+
+
+def _parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], parts: tuple[str, ...]) -> dict[str, Any]:
+    """PEFT's tensors of each layer by the letter, from names that end in `.lora_` and one of `parts`."""
+    wrong = [key for key in UNSUPPORTED if config.get(key)]
+    if wrong or config.get("bias", "none") != "none":
+        raise ValueError(f"this LoRA uses {wrong or ['bias']}, which is not supported: plain A and B are")
+    layers: dict[str, dict[str, Tensor]] = {}
+    letters = ", ".join(part[0] for part in parts)
+    for key, x in tensors.items():
+        name, _, part = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
+        if not name or part not in parts:
+            raise ValueError(f"tensor {key} is none of {letters} of a linear layer's LoRA")
+        layers.setdefault(name, {})[part[0]] = x
+    for name, found in layers.items():
+        if len(found) < len(parts):
+            raise ValueError(f"{name} has only {', '.join(sorted(found))} of {letters}")
+    return layers
 
 
 def _from_peft(
     model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> dict[str, Adapter]:
-    wrong = [key for key in UNSUPPORTED if config.get(key)]
-    if wrong or config.get("bias", "none") != "none":
-        raise ValueError(f"this LoRA uses {wrong or ['bias']}, which is not supported: plain A and B are")
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, x in tensors.items():
-        name, _, part = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
-        if not name or part not in ("A.weight", "B.weight"):
-            raise ValueError(f"tensor {key} is not the A or B of a linear layer's LoRA")
-        pairs.setdefault(name, {})[part[0]] = x
-    halves = [name for name, pair in pairs.items() if len(pair) < 2]
-    if halves:
-        raise ValueError(f"{halves[0]} has only one of lora_A and lora_B")
+    pairs = _parts(config, tensors, ("A.weight", "B.weight"))
 
     def adapter_of(name: str, inputs: int, outputs: int, weight: Tensor) -> Adapter:
         r = len(pairs[name]["A"])
@@ -131,6 +155,38 @@ def _from_peft(
     for name, adapter in adapters.items():
         pair = {"a": pairs[name]["A"], "b": pairs[name]["B"].T}
         _fill(adapter, {**adapter.state_dict(), **pair}, name)
+    return adapters
+
+
+def _adalora_from_peft(
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Adapter]:
+    """The file holds the triplets that live; `rank_pattern` says which of the initial ranks they are."""
+    missing = [theirs for theirs in ADALORA.values() if config.get(theirs) is None]
+    if missing:
+        raise ValueError(f"{CONFIG} of AdaLoRA has no {', '.join(missing)}")
+    triplets = _parts(config, tensors, ("A", "B", "E"))
+    settings = AdaLoraSettings(**{ours: config[theirs] for ours, theirs in ADALORA.items()})
+    patterns, alive = config.get("rank_pattern") or {}, dict[str, Tensor]()
+    for name, parts in triplets.items():
+        mask = alive[name] = torch.tensor(patterns.get(f"{name}.lora_E", [True] * settings.initial), dtype=torch.bool)
+        ranks = [len(parts["A"]), len(parts["B"].T), len(parts["E"])]
+        if len(mask) != settings.initial or ranks != [int(mask.sum())] * 3:
+            raise ValueError(
+                f"{name}: {int(mask.sum())} of {len(mask)} ranks live, init_r is {settings.initial}, "
+                f"and A, B, E hold {ranks}"
+            )
+
+    def adapter_of(name: str, inputs: int, outputs: int, weight: Tensor) -> Adapter:
+        return AdaLora(inputs, outputs, settings, dtype=dtype or weight.dtype, device=weight.device)
+
+    adapters = _attach_exactly(model, list(triplets), adapter_of)
+    for name, adapter in adapters.items():
+        whole, parts, mask = adapter.state_dict(), triplets[name], alive[name]
+        for key, x in (("a", parts["A"]), ("b", parts["B"].T), ("e", parts["E"])):
+            whole[key] = x.new_zeros(settings.initial, x.shape[1])
+            whole[key][mask] = x
+        _fill(adapter, {**whole, "alive": mask}, name)
     return adapters
 
 

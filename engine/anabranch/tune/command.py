@@ -39,14 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--targets", nargs="+", default=["*"], help="layers: names, ends, patterns (default: all linear layers)")
     add("--chosen", type=int, help="experts, smora: blocks that a token picks (default: an eighth)")
     add("--gate", choices=GATES, default=defaults["gate"], help="experts, smora: (default: %(default)s)")
+    add("--orthogonality", type=float, help="triadapt, adalora: weight of the penalty (default: 0; adalora: 0.5)")
     add("--dtype", choices=DTYPES, default="auto", help="of the model's own weights (default: as stored)")
     add("--steps", type=int, help="steps of the optimiser (default: by --epochs)")
     for name, text in {
-        "rank": "ranks of a layer; triadapt: their mean at the end",
+        "rank": "ranks of a layer; triadapt, adalora: their mean at the end",
         "alpha": "scale of the branch",
         "block": "experts: ranks of one",
         "balance": "experts, smora: step of the biases that even out use",
-        "growth_every": "triadapt: steps between looks",
+        "growth_every": "triadapt, adalora: steps between looks",
         "epochs": "times to go through the examples",
         "context": "tokens of a row",
         "batch": "rows of a pass",

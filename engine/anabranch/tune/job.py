@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from anabranch.adapters.adalora import AdaLora, AdaLoraSettings, Pruning
 from anabranch.adapters.attach import Branch, attach
 from anabranch.adapters.files import CONFIG, save_adapters
 from anabranch.adapters.rank_lora import RankLora, RankLoraSettings
@@ -50,7 +51,7 @@ class Outcome:
     cut: int  # examples longer than the context
     train_loss: float | None = None
     held_out_loss: float | None = None
-    ranks: dict[str, int] | None = None  # of each layer that triadapt grew
+    ranks: dict[str, int] | None = None  # of each layer that triadapt grew or adalora pruned
 
 
 def tune(settings: TuneSettings) -> Outcome:
@@ -126,17 +127,27 @@ class _Run:
         if s.method == "triadapt":
             grown = TriAdaptSettings(
                 reference=s.rank, alpha=s.alpha, steps=self.steps + 1, interval=s.growth_every,
-                warmup=int(s.warmup * self.steps),
+                warmup=int(s.warmup * self.steps), orthogonality=s.orthogonality or 0.0,
             )  # fmt: skip
             return lambda name, inputs, outputs: TriAdapt(inputs, outputs, grown, device=s.device, generator=random)
+        if s.method == "adalora":
+            pruned = AdaLoraSettings(
+                initial=s.rank + -(-s.rank // 2), target=s.rank, alpha=s.alpha, steps=self.steps,
+                interval=s.growth_every, warmup=int(s.warmup * self.steps), final=self.steps // 2,
+                orthogonality=0.5 if s.orthogonality is None else s.orthogonality,
+            )  # fmt: skip
+            return lambda name, inputs, outputs: AdaLora(inputs, outputs, pruned, device=s.device, generator=random)
         block = s.block if s.method == "experts" else 1
         chosen = None if s.method == "lora" else s.chosen or max(1, s.rank // block // 8)
         made = RankLoraSettings(ranks=s.rank, chosen=chosen, block=block, gate=s.gate, alpha=s.alpha, balance=s.balance)
         return lambda name, inputs, outputs: RankLora(inputs, outputs, made, device=s.device, generator=random)
 
-    def _growth(self) -> Growth | None:
-        layers = {name: one for name, one in self.adapters.items() if isinstance(one, TriAdapt)}
-        return Growth(next(iter(layers.values())).settings, layers) if layers else None
+    def _growth(self) -> Growth | Pruning | None:
+        grown = {name: one for name, one in self.adapters.items() if isinstance(one, TriAdapt)}
+        pruned = {name: one for name, one in self.adapters.items() if isinstance(one, AdaLora)}
+        if grown:
+            return Growth(next(iter(grown.values())).settings, grown)
+        return Pruning(next(iter(pruned.values())).settings, pruned) if pruned else None
 
     def loop(self, interrupted: threading.Event) -> bool:
         """Take steps until the schedule ends or the event is set; leaves a checkpoint. True when all were taken."""
@@ -188,12 +199,17 @@ class _Run:
             loss = packed_loss(self.model, batch) / learnt.item()
             loss.backward()
             nats += loss.detach().cpu()
+        penalty = None if self.growth is None or self.rank > 0 else self.growth.penalty()  # alike on all: counted once
+        if penalty is not None:
+            penalty.backward()
         for parameter in self.weights.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             self.total(parameter.grad)
         torch.nn.utils.clip_grad_norm_(self.weights.parameters(), s.clip)
         self.optimiser.step()
+        if self.growth is not None:
+            self.growth.look(progress.step + 1)
         self.optimiser.zero_grad(set_to_none=True)
         value = float(self.total(nats))
         if not math.isfinite(value):
@@ -204,8 +220,6 @@ class _Run:
         progress.step += 1
         progress.loss_sum += value
         progress.loss_count += 1
-        if self.growth is not None:
-            self.growth.look(progress.step)
 
     def report(self, bar: "tqdm[Any]") -> None:
         """Log the mean loss since the last entry, and the held-out examples when it is due."""

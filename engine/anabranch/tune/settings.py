@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-METHODS = ("lora", "experts", "smora", "triadapt")
+METHODS = ("lora", "experts", "smora", "triadapt", "adalora")
 GATES = ("softmax_topk", "sigmoid_renorm", "sigmoid_renorm_unbiased")
 DTYPES = ("auto", "float32", "bfloat16")
 # Where and how long a run works, not what it computes: these may differ when it is resumed.
@@ -18,15 +18,17 @@ class TuneSettings:
     """One run. Fields that are not OPERATIONAL decide the result, together with the model and the data.
 
     method       lora; experts: blocks of `block` ranks of which `chosen` take part; smora: the same with blocks of one;
-                 triadapt: ranks grow to a mean of `rank`
+                 triadapt: ranks grow to a mean of `rank`; adalora: half as many again, pruned to it by half time
     data         a JSONL file of examples; held_out: another to measure on
     targets      layers to adapt: names, ends or patterns
-    rank         r of each layer; for triadapt the mean at the end
+    rank         r of each layer; for triadapt and adalora the mean at the end
     chosen       blocks that a token picks; None: an eighth of them, at least one
     block        ranks of an expert
-    alpha        scale of the branch: alpha / rank for lora and triadapt, alpha where gates sum to one
+    alpha        scale of the branch: alpha / rank for lora and triadapt, alpha / initial rank for adalora, alpha where
+                 gates sum to one
     balance      how far a step moves the bias of a block towards equal use
-    growth_every steps between looks at the importance of layers (triadapt)
+    growth_every steps between looks at the importance of layers (triadapt) or masks (adalora)
+    orthogonality  weight of the penalty on A and B (triadapt, adalora); None: each one's own, 0 and 0.5
     epochs       times the examples are gone through; or `steps`
     batch        rows of `context` tokens of one pass; accumulate: passes of one step, on each process
     dtype        of the model's own weights; adapters are trained in float32
@@ -45,6 +47,7 @@ class TuneSettings:
     alpha: float = 16.0
     balance: float = 1e-4
     growth_every: int = 50
+    orthogonality: float | None = None
     epochs: float = 1.0
     steps: int | None = None
     context: int = 1024
@@ -74,8 +77,8 @@ class TuneSettings:
         for name in ("lr", "clip", "epochs", "alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("balance", "weight_decay"):
-            if getattr(self, name) < 0:
+        for name in ("balance", "weight_decay", "orthogonality"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("warmup", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:

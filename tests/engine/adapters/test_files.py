@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from anabranch.adapters.adalora import AdaLora, AdaLoraSettings
 from anabranch.adapters.attach import attach
 from anabranch.adapters.files import load_adapters, save_adapters
 from anabranch.adapters.rank_lora import RankLora, RankLoraSettings
@@ -33,6 +34,16 @@ def randomise(adapted):
     with torch.no_grad():
         for adapter in adapted.values():
             adapter.b.normal_(std=0.1)
+
+
+def prune(adapted):
+    """Ranks 6, 4, 5 and 0 remain."""
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for index, adapter in enumerate(adapted.values()):
+            adapter.e.normal_(generator=random)
+            adapter.alive[[[], [1, 4], [0], range(6)][index]] = False
+            adapter.mask()
 
 
 def logits(model):
@@ -63,11 +74,40 @@ def test_peft_computes_ours(tmp_path):
     assert (logits(ours) - logits(theirs)).abs().max() < 1e-6
 
 
+def test_pefts_adalora_is_computed_as_by_peft_and_peft_computes_ours(tmp_path):
+    """There and back: PEFT's folder, loaded and saved here, is PEFT's again, masked ranks and all."""
+    config = peft.AdaLoraConfig(
+        init_r=6, target_r=4, total_step=10, lora_alpha=5, target_modules=["q_proj", "up_proj"], init_lora_weights=False
+    )
+    theirs = peft.get_peft_model(llama(), config).eval()
+    model = theirs.base_model.model
+    theirs.save_pretrained(tmp_path / "whole")
+    names = [name.removesuffix(".lora_E") for name, module in model.named_modules() if name.endswith(".lora_E")]
+    pattern = {}
+    for index, name in enumerate(names):
+        mask = torch.arange(6) % (index + 2) != 0
+        model.get_submodule(name).lora_E["default"].data[~mask] = 0.0
+        pattern[f"{name}.lora_E.default"] = mask.tolist()
+    theirs.peft_config["default"].rank_pattern = pattern
+    theirs.save_pretrained(tmp_path / "pruned")
+    for folder in ("whole", "pruned"):
+        reloaded = peft.PeftModel.from_pretrained(llama(), tmp_path / folder).eval()
+        ours = llama()
+        adapted = load_adapters(ours, tmp_path / folder)
+        assert [one.rank for one in adapted.values()] == ([6] * 4 if folder == "whole" else [3, 4, 4, 4])
+        assert (logits(ours) - logits(reloaded)).abs().max() < 1e-6
+        save_adapters(tmp_path / "again", adapted)
+        again = peft.PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
+        assert (logits(ours) - logits(again)).abs().max() < 1e-6
+    assert (logits(theirs) - logits(ours)).abs().max() < 1e-6
+
+
 KINDS = {
     "lora": (RankLora, RankLoraSettings(ranks=4)),
     "smora": (RankLora, RankLoraSettings(ranks=8, chosen=2, balance=0.5)),
     "experts": (RankLora, RankLoraSettings(ranks=8, block=4, chosen=1, gate="softmax_topk")),
     "triadapt": (TriAdapt, TriAdaptSettings(steps=10, reference=4)),
+    "adalora": (AdaLora, AdaLoraSettings(steps=10, initial=6, target=4, interval=3, orthogonality=0.25)),
 }
 
 
@@ -78,6 +118,8 @@ def test_every_kind_comes_back_as_it_was(tmp_path, kind):
     adapted = attach(ours, lambda name, i, o: make(i, o, settings), targets=["q_proj", "up_proj"])
     if kind == "triadapt":
         adapted["model.layers.1.mlp.up_proj"].grow(5)
+    elif kind == "adalora":
+        prune(adapted)
     else:
         next(iter(adapted.values())).bias.add_(0.1)
     randomise(adapted)
@@ -122,9 +164,9 @@ def other_tensor(folder):
     [
         (lambda f: break_config(f, use_dora=True), "use_dora"),
         (lambda f: break_config(f, bias="all"), "bias"),
-        (lambda f: break_config(f, peft_type="IA3"), "peft_type must be LORA, RANK_LORA, TRIADAPT, got 'ia3'"),
-        (drop_a_tensor, "only one of lora_A and lora_B"),
-        (other_tensor, "is not the A or B"),
+        (lambda f: break_config(f, peft_type="IA3"), "peft_type must be LORA, ADALORA, RANK_LORA, TRIADAPT, got 'ia3'"),
+        (drop_a_tensor, "has only B of A, B"),
+        (other_tensor, "is none of A, B of"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
         (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config.json"),
     ],
@@ -140,6 +182,24 @@ def test_folders_that_cannot_be_are_refused_and_the_model_is_left_alone(tmp_path
         load_adapters(model, tmp_path)
     assert torch.equal(logits(model), before)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank_pattern": {"model.layers.0.mlp.up_proj.lora_E": [True] * 5}}, "5 of 5 ranks live, init_r is 6"),
+        ({"rank_pattern": None}, "6 of 6 ranks live, init_r is 6, and A, B, E hold \\[4, 4, 4\\]"),
+        ({"total_step": None}, "has no total_step"),
+    ],
+)
+def test_an_adalora_whose_pattern_does_not_fit_is_refused(tmp_path, changes, message):
+    ours = llama()
+    adapted = attach(ours, lambda name, i, o: AdaLora(i, o, KINDS["adalora"][1]), targets=["q_proj", "up_proj"])
+    prune(adapted)
+    save_adapters(tmp_path, adapted)
+    break_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_adapters(llama(), tmp_path)
 
 
 def test_our_own_model_computes_pefts_adapters_as_peft_does(tmp_path):

@@ -60,7 +60,7 @@ def test_packed_examples_do_not_see_each_other(model):
     assert float(packed_loss(network, together)) == pytest.approx(alone, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora", "experts", "smora", "triadapt"])
+@pytest.mark.parametrize("method", ["lora", "experts", "smora", "triadapt", "adalora"])
 def test_every_method_learns_and_what_it_wrote_computes_what_it_measured(settings, method):
     outcome = tune(replace(settings, method=method, block=2, steps=25, evaluate_every=25))
     log = [json.loads(line) for line in (settings.out / "loss.jsonl").read_text().splitlines()]
@@ -72,18 +72,20 @@ def test_every_method_learns_and_what_it_wrote_computes_what_it_measured(setting
     assert mean_loss(network, packs) == pytest.approx(outcome.held_out_loss, abs=2e-5)  # rounded to 5 digits
     if method == "triadapt":
         assert max(outcome.ranks.values()) > 1
+    if method == "adalora":
+        assert sum(outcome.ranks.values()) == 4 * len(outcome.ranks)
 
 
-@pytest.mark.parametrize("method", ["smora", "triadapt"])
-def test_a_stopped_run_goes_on_with_the_same_bits(settings, method, monkeypatch):
-    settings = replace(settings, method=method)
+@pytest.mark.parametrize(("method", "stop"), [("smora", 5), ("triadapt", 5), ("adalora", 5), ("adalora", 9)])
+def test_a_stopped_run_goes_on_with_the_same_bits(settings, method, stop, monkeypatch):
+    settings = replace(settings, method=method, orthogonality=0.1)
     tune(settings)
     whole = load_file(settings.out / "adapter_model.safetensors")
     steps = iter(range(100))
-    monkeypatch.setattr(tuning._Run, "all_agree", lambda run, stop: next(steps) == 5)
+    monkeypatch.setattr(tuning._Run, "all_agree", lambda run, interrupted: next(steps) == stop)
     parts = replace(settings, out=settings.out.with_name("parts"))
     outcome = tune(parts)
-    assert (outcome.interrupted, outcome.steps) == (True, 5)
+    assert (outcome.interrupted, outcome.steps) == (True, stop)
     assert not (parts.out / "adapter_model.safetensors").exists()
     monkeypatch.undo()
     with pytest.raises(ValueError, match="already holds a run"):
@@ -96,21 +98,24 @@ def test_a_stopped_run_goes_on_with_the_same_bits(settings, method, monkeypatch)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_two_processes_do_what_one_does_with_twice_the_passes(settings, tmp_path):
+@pytest.mark.parametrize("method", ["smora", "triadapt", "adalora"])
+def test_two_processes_do_what_one_does_with_twice_the_passes(settings, method, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "anabranch",
-        "tune", str(settings.model), "--data", str(settings.data), "--out", str(tmp_path / "two"), "--method", "smora",
+        "tune", str(settings.model), "--data", str(settings.data), "--out", str(tmp_path / "two"), "--method", method,
         "--rank", "4", "--context", "32", "--batch", "2", "--steps", "6", "--lr", "1e-3", "--no-progress", "--json",
+        "--growth-every", "2", "--orthogonality", "0.1",
     ]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    one = tune(replace(settings, method="smora", steps=6, lr=1e-3, accumulate=2, held_out=None))
+    one = tune(replace(settings, method=method, steps=6, lr=1e-3, accumulate=2, held_out=None, orthogonality=0.1))
+    assert said["ranks"] == one.ranks
     assert said["train_loss"] == pytest.approx(one.train_loss, abs=2e-5)
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (settings.out, tmp_path / "two"))
     for name, x in ours.items():
@@ -126,7 +131,8 @@ def test_a_loss_that_explodes_is_no_result(settings):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "adalora"}, "unknown method 'adalora'; choose one of"),
+        ({"method": "dora"}, "unknown method 'dora'; choose one of"),
+        ({"orthogonality": -0.1}, "orthogonality must not be negative"),
         ({"rank": 0}, "rank must be at least 1"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"warmup": 1.5}, "warmup is a share"),
