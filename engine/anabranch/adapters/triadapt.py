@@ -155,7 +155,7 @@ class TriAdapt(nn.Module):
             lambda module, _: module.count()
         )
         self.grow(settings.initial)
-        self.seen.fill_(self.importance())
+        self.seen.copy_(self.importance())
 
     @torch.no_grad()
     def grow(self, ranks: int) -> None:
@@ -198,11 +198,13 @@ class TriAdapt(nn.Module):
         return self.a[: self.rank], self.b[: self.rank]
 
     @torch.no_grad()
-    def importance(self) -> float:
-        """||C - I||_F over the rank, or over the number of blocks, in float32."""
+    def importance(self) -> Tensor:
+        """||C - I||_F over the rank, or over the number of blocks; a float32 scalar on the layer's device."""
         C = self.centre().float()
-        size = self.rank if self.settings.norm == "rank" else int(self.blocks.max()) + 1
-        return float((C - torch.eye(self.rank, device=C.device)).norm()) / size
+        size = self.rank if self.settings.norm == "rank" else self.blocks.max() + 1
+        C.diagonal().sub_(1.0)
+        norm: Tensor = C.norm()
+        return norm / size
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -239,9 +241,11 @@ class Growth:
         s = self.settings
         if step <= s.warmup or (step - s.warmup) % s.interval or self.total >= self.budget:
             return []
-        levels = {name: layer.importance() for name, layer in self.layers.items()}
-        rise = {name: level - float(self.layers[name].seen) for name, level in levels.items()}
-        order = sorted(rise, key=lambda name: -rise[name])  # stable: ties go to the earlier layer
+        layers = self.layers.values()
+        levels = torch.stack([layer.importance() for layer in layers])
+        rise = levels - torch.stack([layer.seen for layer in layers])
+        by_name = dict(zip(self.layers, rise.tolist(), strict=True))  # one wait for the device
+        order = sorted(by_name, key=lambda name: -by_name[name])  # stable: ties go to the earlier layer
         grown = []
         for name in order[: self.wanted(step)]:
             layer = self.layers[name]
@@ -250,8 +254,8 @@ class Growth:
                 continue
             layer.grow(ranks)
             grown.append(name)
-        for name, level in levels.items():
-            self.layers[name].seen.fill_(level)
+        for layer, level in zip(layers, levels, strict=True):
+            layer.seen.copy_(level)
         return grown
 
     def penalty(self) -> Tensor | None:

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _add_kind(kinds, "geometric-median", "the geometric median beside torch and other libraries", plot=False)
     )
     _add_rank_lora(_add_kind(kinds, "rank-lora", "adapters with routed ranks, and many adapters at once, beside torch"))
+    _add_triadapt(_add_kind(kinds, "triadapt", "a training step of TriAdaptLoRA beside LoRA's and AdaLoRA's"))
     _add_engine(_add_kind(kinds, "engine", "a 315M-parameter Llama beside transformers and llama.cpp"))
     fields = _add_kind(kinds, "field-coding", "secret sharing over finite fields beside NumPy and galois", plot=False)
     fields.epilog = "examples:\n  anabranch bench field-coding --threads 1 --repeats 7 --markdown field_coding.md\n"
@@ -168,6 +169,17 @@ def _add_rank_lora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="(%(default)s)")
 
 
+def _add_triadapt(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  anabranch bench triadapt --threads 1
+  anabranch bench triadapt --rows 2048 --widths 4096 --layers 2
+"""
+    parser.add_argument("--rows", type=int, nargs="+", default=[512], help="tokens of a step (%(default)s)")
+    parser.add_argument("--widths", type=int, nargs="+", default=[1024], help="of the layers (%(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="adapted layers (%(default)s)")
+    parser.add_argument("--rank", type=int, default=8, help="of each layer (%(default)s)")
+
+
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """examples:
   anabranch bench engine                     random weights, 512 tokens of context, batches of 1 and 8
@@ -207,7 +219,7 @@ def _measure(args: argparse.Namespace) -> "Report":
     roofs = Roofs(read=read, flops=best_flops(size=64 if args.quick else 1024))
     kinds: dict[str, Callable[[argparse.Namespace, Roofs], Report]] = {
         "attention": _attention, "linear": _linear, "coordinate-rules": _coordinate_rules, "rank-lora": _rank_lora,
-        "engine": _engine,
+        "triadapt": _triadapt, "engine": _engine,
     }  # fmt: skip
     return kinds[args.kind](args, roofs)
 
@@ -327,6 +339,29 @@ def _rank_lora(args: argparse.Namespace, roofs: "Roofs") -> "Report":
         absent += missing
     title = "Adapters of one layer: SMoRA, and 16 LoRAs in one batch"
     return Report(title=title, machine=machine.describe(), samples=tuple(samples), absent=tuple(dict.fromkeys(absent)))
+
+
+def _triadapt(args: argparse.Namespace, roofs: "Roofs") -> "Report":
+    from anabranch.bench import machine, triadapt
+    from anabranch.bench.report import Report
+    from anabranch.bench.timing import measure
+
+    if min(*args.rows, *args.widths, args.layers) < 1 or args.rank < 2:
+        raise ValueError(f"--rows, --widths and --layers must be at least 1 and --rank 2, got {args.rank}")
+    samples: list[Sample] = []
+    absent: dict[str, None] = {}
+    for width in [32] if args.quick else args.widths:
+        sizes = {"width": width, "ranks": args.rank, "layers": 2 if args.quick else args.layers}
+        cases = [
+            triadapt.training_step(T, **sizes, base=base)
+            for T in ([8] if args.quick else args.rows)
+            for base in (True, False)
+        ]
+        for case, missing in [*cases, triadapt.scoring(**sizes)]:
+            samples += measure(case, roofs, repeats=args.repeats)
+            absent |= dict.fromkeys(missing)
+    title = "TriAdaptLoRA: a step of training, float32, and what choosing the ranks costs in each"
+    return Report(title=title, machine=machine.describe(), samples=tuple(samples), absent=tuple(absent))
 
 
 def _engine(args: argparse.Namespace, roofs: "Roofs") -> "Report":
