@@ -4,8 +4,10 @@ Rows are a function of (seed, epoch) alone, so a run goes on exactly where it st
 other: positions start anew and attention stays within (`segments`).
 """
 
-from bisect import bisect_right
-from collections.abc import Sequence
+import hashlib
+from array import array
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,27 +27,49 @@ class Packed:
     targets    the next token of the same example where it is to be learnt, else IGNORED
     positions  within the example
     segments   lengths of the pieces of each row, padding as the last
+    examples   in all rows together, and their tokens
     """
 
     inputs: Tensor
     targets: Tensor
     positions: Tensor
     segments: list[list[int]]
+    examples: int
+    tokens: int
 
 
 class Packs:
-    """Seeded batches of packed examples. Those longer than the context are cut at its end (`cut` counts them)."""
+    """Seeded batches of packed examples, which are held as 5 bytes a token.
 
-    def __init__(self, examples: Sequence[Example], *, context: int, batch: int, seed: int) -> None:
-        if not examples or context < 2 or batch < 1:
-            raise ValueError(f"need examples, context >= 2, batch >= 1, got {len(examples)}, {context}, {batch}")
+    examples   how many there are
+    cut        of these, how many were longer than the context and end there
+    dropped    how many had nothing to learn within the context and are left out
+    digest     sha256 of what is learnt from
+    """
+
+    def __init__(self, examples: Iterable[Example], *, context: int, batch: int, seed: int) -> None:
+        if context < 2 or batch < 1:
+            raise ValueError(f"need context >= 2 and batch >= 1, got {context} and {batch}")
         self.context, self.batch, self.seed = context, batch, seed
-        # The last token of an example is a target only.
-        self._examples = [Example(one.ids[: context + 1], one.learnt[: context + 1]) for one in examples]
-        self._examples = [one for one in self._examples if any(one.learnt[1:])]
-        if not self._examples:
-            raise ValueError(f"within a context of {context} tokens no example has anything to learn")
-        self.cut = sum(len(one.ids) > context + 1 for one in examples)
+        self.cut = self.dropped = 0
+        ids, learnt, ends = array("i"), bytearray(), array("q", [0])
+        for one in examples:
+            kept = slice(0, context + 1)  # the last token of an example is a target only
+            if not any(one.learnt[kept][1:]):
+                self.dropped += 1
+                continue
+            self.cut += len(one.ids) > context + 1
+            ids.extend(one.ids[kept])
+            learnt.extend(one.learnt[kept])
+            ends.append(len(ids))
+        if not ids:
+            raise ValueError(f"no example has anything to learn within a context of {context} tokens")
+        self.examples, self._ends = len(ends) - 1, ends
+        self._ids, self._learnt = torch.frombuffer(ids, dtype=torch.int32), torch.frombuffer(learnt, dtype=torch.bool)
+        digest = hashlib.sha256()
+        for part in (ends, ids, learnt):
+            digest.update(part)
+        self.digest = digest.hexdigest()
         self._rows = lru_cache(maxsize=2)(self._pack)
         self._starts = [0]  # first row of each epoch that was looked at, in all epochs together
 
@@ -66,33 +90,36 @@ class Packs:
     def _pack(self, epoch: int) -> list[list[int]]:
         """Examples of each row: in a new order, each into the fullest open row that has room."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        room: list[int] = []
         rows: list[list[int]] = []
-        for index in torch.randperm(len(self._examples), generator=generator).tolist():
-            need = len(self._examples[index].ids) - 1
-            best = min((row for row in range(len(rows)) if room[row] >= need), key=room.__getitem__, default=None)
-            if best is None:
+        open_rows: list[tuple[int, int]] = []  # room and number, the fullest first
+        for index in torch.randperm(self.examples, generator=generator).tolist():
+            need = self._ends[index + 1] - self._ends[index] - 1
+            place = bisect_left(open_rows, (need, 0))
+            if place < len(open_rows):
+                room, row = open_rows.pop(place)
+            else:
+                room, row = self.context, len(rows)
                 rows.append([])
-                room.append(self.context)
-                best = len(rows) - 1
-            rows[best].append(index)
-            room[best] -= need
+            rows[row].append(index)
+            if room > need:
+                insort(open_rows, (room - need, row))
         return rows
 
     def _batch(self, rows: list[list[int]]) -> Packed:
         inputs, positions = (torch.zeros(len(rows), self.context, dtype=torch.int64) for _ in range(2))
-        targets, segments = torch.full_like(inputs, IGNORED), []
+        targets, segments, tokens = torch.full_like(inputs, IGNORED), [], 0
         for row, examples in enumerate(rows):
             at, lengths = 0, []
             for index in examples:
-                one = self._examples[index]
-                length = len(one.ids) - 1
+                first, last = self._ends[index], self._ends[index + 1] - 1
+                length = last - first
                 part = slice(at, at + length)
-                inputs[row, part] = torch.tensor(one.ids[:-1])
-                wanted, learnt = torch.tensor(one.ids[1:]), torch.tensor(one.learnt[1:])
-                targets[row, part] = torch.where(learnt, wanted, IGNORED)
+                inputs[row, part] = self._ids[first:last]
+                learnt = self._learnt[first + 1 : last + 1]
+                targets[row, part] = torch.where(learnt, self._ids[first + 1 : last + 1], IGNORED).long()
                 positions[row, part] = torch.arange(length)
                 at += length
                 lengths.append(length)
+            tokens += at
             segments.append([*lengths, self.context - at] if at < self.context else lengths)
-        return Packed(inputs, targets, positions, segments)
+        return Packed(inputs, targets, positions, segments, sum(map(len, rows)), tokens)

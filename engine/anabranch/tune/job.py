@@ -5,7 +5,6 @@ checkpoint holds weights, routers' biases and both AdamW moments. A step's loss 
 it, of all passes and processes, so W processes do what one does with W times the passes, up to the order of sums.
 """
 
-import hashlib
 import json
 import math
 import threading
@@ -30,7 +29,7 @@ from anabranch.common import run_state
 from anabranch.common.checkpoint import write_json
 from anabranch.common.interrupt import interruptible
 from anabranch.common.optimise import cosine_rate, make_optimiser
-from anabranch.data.instructions import Example, read_examples
+from anabranch.data.instructions import read_examples
 from anabranch.data.packing import IGNORED, Packed, Packs
 from anabranch.data.tokenizer import load_tokenizer
 from anabranch.models.transformer import PackedAttend, Transformer
@@ -48,7 +47,9 @@ class Outcome:
     steps: int
     interrupted: bool
     parameters: int
-    cut: int  # examples longer than the context
+    examples: int
+    cut: int  # of them, longer than the context
+    dropped: int  # others with nothing to learn within it
     train_loss: float | None = None
     held_out_loss: float | None = None
     ranks: dict[str, int] | None = None  # of each layer that triadapt grew or adalora pruned
@@ -96,10 +97,9 @@ class _Run:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         tokenizer = load_tokenizer(settings.model)
         if tokenizer is None:
-            raise ValueError(f"{settings.model} has no tokenizer to read {settings.data} with")
-        examples = read_examples(settings.data, tokenizer)
+            raise ValueError(f"{settings.model} has no tokenizer to read examples with")
         pack = partial(Packs, context=settings.context, batch=settings.batch, seed=settings.seed)
-        self.packs = pack(examples)
+        self.packs = pack(read_examples(settings.data, tokenizer))
         self.probe = None if settings.held_out is None else pack(read_examples(settings.held_out, tokenizer))
         passes = settings.accumulate * self.size * settings.batch
         self.steps = settings.steps or max(1, math.ceil(settings.epochs * self.packs.rows(0) / passes))
@@ -109,7 +109,7 @@ class _Run:
         self.weights = nn.ModuleList(self.adapters.values())
         self.growth = self._growth()
         self.optimiser = make_optimiser(self.weights, lr=settings.lr, weight_decay=settings.weight_decay, betas=BETAS)
-        self.progress = run_state.Progress(corpus=_digest(examples), recipe=settings.recipe(self.steps))
+        self.progress = run_state.Progress(corpus=self.packs.digest, recipe=settings.recipe(self.steps))
         self.log = settings.out / LOG
         settings.out.mkdir(parents=True, exist_ok=True)
         if settings.resume:
@@ -255,7 +255,9 @@ class _Run:
             steps=self.progress.step,
             interrupted=interrupted,
             parameters=sum(p.numel() for p in self.weights.parameters()),
+            examples=self.packs.examples,
             cut=self.packs.cut,
+            dropped=self.packs.dropped,
             train_loss=shown.get("train_loss"),
             held_out_loss=shown.get("held_out_loss"),
             ranks=None if self.growth is None else {name: one.rank for name, one in self.growth.layers.items()},
@@ -275,10 +277,3 @@ def draw(out: Path) -> None:
 
     curves = {"train_loss": "training (mean since the last entry)", "held_out_loss": "held out"}
     draw_loss(out / LOG, out / "loss.png", curves, x="million tokens", y="nats per learnt token")
-
-
-def _digest(examples: list[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.ids, example.learnt]).encode())
-    return digest.hexdigest()

@@ -57,13 +57,46 @@ def test_epochs_follow_each_other_in_new_orders():
 
 
 def test_long_examples_are_cut_and_counted():
-    packs = Packs([example(0, 40), example(100, 5)], context=8, batch=2, seed=0)
-    assert packs.cut == 1
+    packs = Packs([example(0, 40), example(100, 5), example(200, 20, learnt_from=15)], context=8, batch=2, seed=0)
+    assert (packs.examples, packs.cut, packs.dropped) == (2, 1, 1)
     assert {len(piece[0]) for piece in pieces(packs.at(0))} == {8, 4}
 
 
 def test_what_leaves_nothing_to_learn_is_refused():
-    with pytest.raises(ValueError, match="need examples"):
-        Packs([], context=8, batch=1, seed=0)
-    with pytest.raises(ValueError, match="no example has anything to learn"):
-        Packs([example(0, 40, learnt_from=30)], context=8, batch=1, seed=0)
+    for examples in ([], [example(0, 40, learnt_from=30)]):
+        with pytest.raises(ValueError, match="no example has anything to learn"):
+            Packs(examples, context=8, batch=1, seed=0)
+    with pytest.raises(ValueError, match="need context >= 2"):
+        Packs([example(0, 4)], context=1, batch=1, seed=0)
+
+
+def test_rows_are_filled_as_by_a_search_of_all_open_rows():
+    """Best fit: the fullest row that has room, the first of those."""
+    lengths = torch.randint(2, 40, (300,), generator=torch.Generator().manual_seed(1)).tolist()
+    packs = Packs([example(0, length) for length in lengths], context=48, batch=1, seed=3)
+    room, rows = [], []
+    for index in torch.randperm(300, generator=torch.Generator().manual_seed(3 * 1_000_003)).tolist():
+        need = lengths[index] - 1
+        best = min((row for row in range(len(rows)) if room[row] >= need), key=room.__getitem__, default=None)
+        if best is None:
+            best = len(rows)
+            rows.append([])
+            room.append(48)
+        rows[best].append(need)
+        room[best] -= need
+    batches = [packs.at(step) for step in range(packs.rows(0))]
+    assert [batch.segments[0] for batch in batches] == [
+        [*row, left] if left else row for row, left in zip(rows, room, strict=True)
+    ]
+    assert sum(batch.examples for batch in batches) == 300
+    assert sum(batch.tokens for batch in batches) == sum(lengths) - 300
+
+
+def test_the_same_examples_have_the_same_digest():
+    def digest(*examples, context=16):
+        return Packs(examples, context=context, batch=1, seed=0).digest
+
+    one, other = example(0, 6), example(9, 6)
+    assert digest(one, other) == digest(one, other)
+    others = [digest(other, one), digest(one), digest(one, example(9, 6, learnt_from=2)), digest(one, other, context=3)]
+    assert digest(one, other) not in others
