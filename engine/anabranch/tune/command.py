@@ -22,8 +22,8 @@ EXAMPLES = """examples:
   anabranch tune ./Qwen3-0.6B --data pairs.jsonl --out ./adapter --resume
   torchrun --nproc-per-node 2 -m anabranch tune ./Qwen3-0.6B --data pairs.jsonl --out ./adapter
 
-  A line is {"messages": [...]}, {"prompt": ..., "completion": ...}, {"instruction": ..., "input": ..., "output": ...}
-  or {"text": ...}. What lora makes is a folder of PEFT's.
+  A line is {"messages": [...]}, {"conversations": [...]}, {"prompt": ..., "completion": ...}, {"text": ...} or
+  {"instruction": ..., "input": ..., "output": ...}. What lora makes is a folder of PEFT's.
 """
 
 
@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = {field.name: field.default for field in fields(TuneSettings)}
     add = parser.add_argument
     add("model", type=Path, help="model folder")
-    add("--data", type=Path, required=True, metavar="FILE", help="examples to learn from, a JSON object a line")
+    add(
+        "--data", type=Path, nargs="+", required=True, metavar="FILE",
+        help="examples to learn from, a JSON object a line; a file named twice counts twice",
+    )  # fmt: skip
     add("--held-out", type=Path, metavar="FILE", help="examples to measure on")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the adapters")
     add("--method", choices=METHODS, default="lora", help="(default: %(default)s)")
@@ -76,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train and say what came of it; 130 after Ctrl-C."""
     values = {field.name: getattr(args, field.name) for field in fields(TuneSettings)}
-    settings = TuneSettings(**{**values, "targets": tuple(args.targets)})
+    settings = TuneSettings(**{**values, "data": tuple(args.data), "targets": tuple(args.targets)})
 
     from anabranch.tune.job import tune
 
@@ -108,8 +111,11 @@ def lines(settings: TuneSettings, outcome: "Outcome") -> str:
     if outcome.interrupted:
         return f"stopped at step {outcome.steps}; go on with --resume"
     said = [f"{settings.out}: {settings.method} of {outcome.parameters:,} parameters after {outcome.steps} steps"]
-    if outcome.cut:
-        said.append(f"{outcome.cut} examples are longer than {settings.context} tokens and were cut")
+    if outcome.cut or outcome.dropped:
+        said.append(
+            f"of {outcome.examples + outcome.dropped} examples {outcome.cut} are longer than {settings.context} tokens "
+            f"and were cut; {outcome.dropped} had nothing to learn within them and were left out"
+        )
     said.append(f"training loss {outcome.train_loss:.4f} nats per learnt token")
     if outcome.held_out_loss is not None:
         said.append(f"held-out loss {outcome.held_out_loss:.4f}")

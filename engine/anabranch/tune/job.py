@@ -100,7 +100,7 @@ class _Run:
             raise ValueError(f"{settings.model} has no tokenizer to read examples with")
         pack = partial(Packs, context=settings.context, batch=settings.batch, seed=settings.seed)
         self.packs = pack(read_examples(settings.data, tokenizer))
-        self.probe = None if settings.held_out is None else pack(read_examples(settings.held_out, tokenizer))
+        self.probe = None if settings.held_out is None else pack(read_examples([settings.held_out], tokenizer))
         passes = settings.accumulate * self.size * settings.batch
         self.steps = settings.steps or max(1, math.ceil(settings.epochs * self.packs.rows(0) / passes))
         dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)

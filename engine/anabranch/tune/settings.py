@@ -19,7 +19,7 @@ class TuneSettings:
 
     method       lora; experts: blocks of `block` ranks of which `chosen` take part; smora: the same with blocks of one;
                  triadapt: ranks grow to a mean of `rank`; adalora: half as many again, pruned to it by half time
-    data         a JSONL file of examples; held_out: another to measure on
+    data         JSONL files of examples, one named twice counting twice; held_out: another to measure on
     targets      layers to adapt: names, ends or patterns
     rank         r of each layer; for triadapt and adalora the mean at the end
     chosen       blocks that a token picks; None: an eighth of them, at least one
@@ -35,7 +35,7 @@ class TuneSettings:
     """
 
     model: Path
-    data: Path
+    data: tuple[Path, ...]
     out: Path
     held_out: Path | None = None
     method: str = "lora"
@@ -85,6 +85,8 @@ class TuneSettings:
                 raise ValueError(f"{name} is a share and must be from 0 to 1, got {getattr(self, name)}")
         if self.context < 2 or (self.steps is not None and self.steps < 1):
             raise ValueError(f"need context >= 2 and steps >= 1, got {self.context} and {self.steps}")
+        if not self.data:
+            raise ValueError("data must name at least one file")
         if not self.targets:
             raise ValueError("targets must name at least one layer or pattern")
 

@@ -42,7 +42,7 @@ def settings(model, tmp_path):
     rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(4) for b in range(4)]
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return TuneSettings(
-        model=model, data=data, held_out=data, out=tmp_path / "out", rank=4, context=32, batch=2, steps=12, lr=1e-2,
+        model=model, data=(data,), held_out=data, out=tmp_path / "out", rank=4, context=32, batch=2, steps=12, lr=1e-2,
         growth_every=2, evaluate_every=6, progress=False,
     )  # fmt: skip
 
@@ -105,7 +105,7 @@ def test_two_processes_do_what_one_does_with_twice_the_passes(settings, method, 
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "anabranch",
-        "tune", str(settings.model), "--data", str(settings.data), "--out", str(tmp_path / "two"), "--method", method,
+        "tune", str(settings.model), "--data", str(settings.held_out), "--out", str(tmp_path / "two"), "--method", method,
         "--rank", "4", "--context", "32", "--batch", "2", "--steps", "6", "--lr", "1e-3", "--no-progress", "--json",
         "--growth-every", "2", "--orthogonality", "0.1",
     ]  # fmt: skip
@@ -137,6 +137,7 @@ def test_a_loss_that_explodes_is_no_result(settings):
         ({"lr": 0.0}, "lr must be positive"),
         ({"warmup": 1.5}, "warmup is a share"),
         ({"targets": ()}, "targets must name"),
+        ({"data": ()}, "data must name"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, change, message):
