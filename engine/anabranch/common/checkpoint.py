@@ -4,7 +4,9 @@ Nothing is unpickled: a pickle runs code of its author's choice when it is opene
 """
 
 import json
+import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,11 @@ from anabranch.common.files import replace_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# What a model folder holds beside its weights and its config.json.
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
+    "tekken.json", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 
 
 class Checkpoint:
@@ -66,6 +73,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors into one safetensors file that is either whole or not there, whenever the machine stops."""
     owned = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     replace_file(path, lambda temporary: save_file(owned, temporary, metadata={"format": "pt"}))
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what a model folder holds beside its weights and its config.json: tokenizer, chat template, licence."""
+    files = {path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}
+    for path in sorted(files):
+        replace_file(folder / path.name, partial(shutil.copyfile, path))
 
 
 def weight_files(folder: Path) -> list[Path]:

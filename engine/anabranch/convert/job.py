@@ -1,15 +1,12 @@
 """A conversion from folder to folder: read, merge, measure, heal, measure again, write."""
 
-import shutil
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anabranch.common.checkpoint import write_json
-from anabranch.common.files import replace_file
+from anabranch.common.checkpoint import copy_companions, write_json
 from anabranch.common.interrupt import interruptible
 from anabranch.convert.evaluate import Agreement, compare
 from anabranch.convert.heal import Healing
@@ -25,11 +22,6 @@ from anabranch.models.weights import load_model, save_model
 REPORT, PICTURE = "conversion.json", "healing.png"
 PROBE_WINDOWS = 32
 DEFAULT_CONTEXT = 512
-# What a model folder holds beside its weights and its config.json.
-COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
-    "tekken.json", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,9 +150,7 @@ def read_texts(settings: ConvertSettings, config: ModelConfig) -> Texts:
 
 def _write(settings: ConvertSettings, model: Transformer, outcome: Outcome, texts: Texts) -> None:
     """The folder: what the original's holds beside its weights, the weights, config.json, and the report last."""
-    files = {path for pattern in COMPANIONS for path in settings.model.glob(pattern) if path.is_file()}
-    for path in sorted(files):
-        replace_file(settings.out / path.name, partial(shutil.copyfile, path))
+    copy_companions(settings.model, settings.out)
     save_model(model, settings.out)
     write_json(settings.out / REPORT, describe(settings, outcome, texts))
 

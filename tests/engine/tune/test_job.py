@@ -105,9 +105,9 @@ def test_two_processes_do_what_one_does_with_twice_the_passes(settings, method, 
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "anabranch",
-        "tune", str(settings.model), "--data", str(settings.held_out), "--out", str(tmp_path / "two"), "--method", method,
-        "--rank", "4", "--context", "32", "--batch", "2", "--steps", "6", "--lr", "1e-3", "--no-progress", "--json",
-        "--growth-every", "2", "--orthogonality", "0.1",
+        "tune", str(settings.model), "--data", str(settings.held_out), "--out", str(tmp_path / "two"), "--rank", "4",
+        "--method", method, "--context", "32", "--batch", "2", "--steps", "6", "--lr", "1e-3", "--growth-every", "2",
+        "--orthogonality", "0.1", "--no-progress", "--json",
     ]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
