@@ -7,7 +7,7 @@ other: positions start anew and attention stays within (`segments`).
 import hashlib
 from array import array
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,15 +27,16 @@ class Packed:
     targets    the next token of the same example where it is to be learnt, else IGNORED
     positions  within the example
     segments   lengths of the pieces of each row, padding as the last
-    examples   in all rows together, and their tokens
+    used       bool, where there is no padding
+    examples   how many there are in all rows together
     """
 
     inputs: Tensor
     targets: Tensor
     positions: Tensor
     segments: list[list[int]]
+    used: Tensor
     examples: int
-    tokens: int
 
 
 class Packs:
@@ -77,6 +78,11 @@ class Packs:
         """The batch of a step, counted from 0. Epochs follow each other without a break."""
         return self._batch([self._row(step * self.batch + row) for row in range(self.batch)])
 
+    def once(self) -> Iterator[Packed]:
+        """Batches that hold every example once; the last may have fewer rows."""
+        rows = self._rows(0)
+        return (self._batch(rows[first : first + self.batch]) for first in range(0, len(rows), self.batch))
+
     def _row(self, number: int) -> list[int]:
         while self._starts[-1] <= number:
             self._starts.append(self._starts[-1] + self.rows(len(self._starts) - 1))
@@ -107,7 +113,8 @@ class Packs:
 
     def _batch(self, rows: list[list[int]]) -> Packed:
         inputs, positions = (torch.zeros(len(rows), self.context, dtype=torch.int64) for _ in range(2))
-        targets, segments, tokens = torch.full_like(inputs, IGNORED), [], 0
+        targets, segments = torch.full_like(inputs, IGNORED), []
+        used = torch.zeros_like(inputs, dtype=torch.bool)
         for row, examples in enumerate(rows):
             at, lengths = 0, []
             for index in examples:
@@ -120,6 +127,6 @@ class Packs:
                 positions[row, part] = torch.arange(length)
                 at += length
                 lengths.append(length)
-            tokens += at
+            used[row, :at] = True
             segments.append([*lengths, self.context - at] if at < self.context else lengths)
-        return Packed(inputs, targets, positions, segments, sum(map(len, rows)), tokens)
+        return Packed(inputs, targets, positions, segments, used, sum(map(len, rows)))

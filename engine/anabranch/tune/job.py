@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from anabranch.adapters.adalora import AdaLora, AdaLoraSettings, Pruning
-from anabranch.adapters.attach import Branch, attach
+from anabranch.adapters.attach import Branch, attach, padded
 from anabranch.adapters.files import CONFIG, save_adapters
 from anabranch.adapters.rank_lora import RankLora, RankLoraSettings
 from anabranch.adapters.triadapt import Growth, TriAdapt, TriAdaptSettings
@@ -82,8 +82,7 @@ def packed_loss(model: Transformer, batch: Packed) -> Tensor:
 def mean_loss(model: Transformer, packs: Packs) -> float:
     """Of all examples, per learnt token."""
     nats = tokens = 0.0
-    for step in range(-(-packs.rows(0) // packs.batch)):
-        batch = packs.at(step)
+    for batch in packs.once():
         nats += float(packed_loss(model, batch))
         tokens += int((batch.targets != IGNORED).sum())
     return nats / tokens
@@ -196,8 +195,9 @@ class _Run:
             group["lr"] = rate
         nats = torch.zeros(())
         for batch in batches:
-            loss = packed_loss(self.model, batch) / learnt.item()
-            loss.backward()
+            with padded(self.model, batch.used.to(s.device)):  # padding is not to be counted, in either pass
+                loss = packed_loss(self.model, batch) / learnt.item()
+                loss.backward()
             nats += loss.detach().cpu()
         penalty = None if self.growth is None or self.rank > 0 else self.growth.penalty()  # alike on all: counted once
         if penalty is not None:

@@ -38,6 +38,11 @@ def test_an_epoch_holds_every_example_once_and_whole(lengths, seed):
     assert packs.cut == 0
 
 
+def test_to_measure_every_example_comes_once():
+    packs = Packs([example(100 * index, 12) for index in range(5)], context=16, batch=2, seed=0)
+    assert sorted(inputs[0] for batch in packs.once() for inputs, _, _ in pieces(batch)) == [0, 100, 200, 300, 400]
+
+
 def test_only_what_is_to_be_learnt_is_a_target():
     packs = Packs([example(5, 6, learnt_from=4)], context=8, batch=1, seed=0)
     assert packs.at(0).targets.tolist() == [[IGNORED, IGNORED, IGNORED, 9, 10, IGNORED, IGNORED, IGNORED]]
@@ -89,7 +94,7 @@ def test_rows_are_filled_as_by_a_search_of_all_open_rows():
         [*row, left] if left else row for row, left in zip(rows, room, strict=True)
     ]
     assert sum(batch.examples for batch in batches) == 300
-    assert sum(batch.tokens for batch in batches) == sum(lengths) - 300
+    assert sum(int(batch.used.sum()) for batch in batches) == sum(lengths) - 300
 
 
 def test_the_same_examples_have_the_same_digest():
