@@ -110,16 +110,19 @@ class RankLora(nn.Module):
         return routed.y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
-    def rebalance(self) -> None:
+    def rebalance(self) -> Tensor:
         """Once after each optimiser step: a block picked less than the mean gains u, one picked more loses u.
 
         Counts are summed over all processes of torch.distributed, so that the bias stays the same on each.
+        Returns them, [r / q] int64, and begins to count anew.
         """
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.counts)
         picked = self.counts.double()
         self.bias += self.settings.balance * torch.sign(picked.mean() - picked).float() if len(picked) else 0.0
+        counted = self.counts.clone()
         self.counts.zero_()
+        return counted
 
     @torch.no_grad()
     def delta(self) -> Tensor:

@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--held-out", type=Path, metavar="FILE", help="examples to measure on")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the adapters")
+    add("--init-from", type=Path, metavar="DIR", help="begin with the adapters of a folder")
+    add("--save-merged", type=Path, metavar="DIR", help="write the whole model, adapters added to its weights")
     add("--method", choices=METHODS, default="lora", help="(default: %(default)s)")
     add("--targets", nargs="+", default=["*"], help="layers: names, ends, patterns (default: all linear layers)")
     add("--chosen", type=int, help="experts, smora: blocks that a token picks (default: an eighth)")
@@ -69,8 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-every", dest="checkpoint_every_s", type=float, metavar="SECONDS", default=60.0,
         help="seconds between checkpoints (default: %(default)s)",
     )  # fmt: skip
+    add(
+        "--checkpoint-activations", action="store_true",
+        help="compute activations again instead of keeping them: less memory, a third more time",
+    )  # fmt: skip
     add("--resume", action="store_true", help="go on from the checkpoint")
-    add("--plot", action="store_true", help="draw loss.png (needs the extra `plot`)")
+    add("--plot", action="store_true", help="draw the log at each checkpoint (needs the extra `plot`)")
     add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show a progress bar")
     add("--device", default="cpu", help="torch device to train on (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON object instead of lines")
@@ -83,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
     from anabranch.tune.job import tune
 
-    with processes() as rank:
+    with processes(settings.device) as rank:
         outcome = tune(settings)
     if rank == 0:
         print(json.dumps({"out": str(settings.out), **asdict(outcome)}) if args.json else lines(settings, outcome))
@@ -91,15 +97,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def processes() -> Iterator[int]:
-    """Meet the other processes that torchrun started, if it did; this one's rank."""
+def processes(device: str) -> Iterator[int]:
+    """Meet the other processes that torchrun started, if it did; this one's rank. Each takes a GPU of its own."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield 0
         return
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
         yield dist.get_rank()
     finally:
@@ -118,7 +126,8 @@ def lines(settings: TuneSettings, outcome: "Outcome") -> str:
         )
     said.append(f"training loss {outcome.train_loss:.4f} nats per learnt token")
     if outcome.held_out_loss is not None:
-        said.append(f"held-out loss {outcome.held_out_loss:.4f}")
+        said.append(f"held-out loss {outcome.held_out_loss:.4f}, perplexity {outcome.held_out_perplexity:.4g}")
+    said.append(f"{outcome.examples_per_s:.4g} examples/s, {outcome.tokens_per_s:.4g} tokens/s")
     if outcome.ranks is not None:
         said.append("ranks " + " ".join(f"{name}:{rank}" for name, rank in outcome.ranks.items()))
     return "\n".join(said)

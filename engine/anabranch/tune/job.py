@@ -11,7 +11,6 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,20 +20,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from anabranch.adapters.adalora import AdaLora, AdaLoraSettings, Pruning
-from anabranch.adapters.attach import Branch, attach, padded
+from anabranch.adapters.attach import Branch, attach, merge, padded
 from anabranch.adapters.files import CONFIG, save_adapters
 from anabranch.adapters.rank_lora import RankLora, RankLoraSettings
 from anabranch.adapters.triadapt import Growth, TriAdapt, TriAdaptSettings
 from anabranch.common import run_state
-from anabranch.common.checkpoint import write_json
+from anabranch.common.checkpoint import copy_companions, write_json
 from anabranch.common.interrupt import interruptible
 from anabranch.common.optimise import cosine_rate, make_optimiser
 from anabranch.data.instructions import read_examples
 from anabranch.data.packing import IGNORED, Packed, Packs
 from anabranch.data.tokenizer import load_tokenizer
 from anabranch.models.transformer import PackedAttend, Transformer
-from anabranch.models.weights import load_model
+from anabranch.models.weights import load_model, save_model
+from anabranch.tune.recompute import recompute_activations
 from anabranch.tune.settings import TuneSettings
+from anabranch.tune.start import attach_from
+from anabranch.tune.usage import Usage
 
 LOG, REPORT = "loss.jsonl", "tuning.json"
 BETAS = (0.9, 0.999)
@@ -52,6 +54,9 @@ class Outcome:
     dropped: int  # others with nothing to learn within it
     train_loss: float | None = None
     held_out_loss: float | None = None
+    held_out_perplexity: float | None = None
+    examples_per_s: float | None = None  # of all processes, since the last start
+    tokens_per_s: float | None = None  # padding not counted
     ranks: dict[str, int] | None = None  # of each layer that triadapt grew or adalora pruned
 
 
@@ -61,7 +66,7 @@ def tune(settings: TuneSettings) -> Outcome:
     Raises ValueError for data and settings that cannot work and for a folder that already holds a run.
     """
     if settings.plot:
-        from anabranch.common import plot  # noqa: F401  (fails now rather than after hours, when matplotlib is missing)
+        from anabranch.tune import plots  # noqa: F401  (fails now rather than after hours, when matplotlib is missing)
     run = _Run(settings)
     with interruptible() as interrupted:
         finished = run.loop(interrupted)
@@ -104,8 +109,17 @@ class _Run:
         self.steps = settings.steps or max(1, math.ceil(settings.epochs * self.packs.rows(0) / passes))
         dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
         self.model = load_model(settings.model, dtype=dtype, device=settings.device).train()
-        self.adapters = attach(self.model, self._branch(), targets=settings.targets)
-        self.weights = nn.ModuleList(self.adapters.values())
+        if settings.init_from is None or settings.resume:
+            self.adapters = attach(self.model, self._branch(), targets=settings.targets)
+        else:
+            self.adapters = attach_from(settings.init_from, self.model, self._branch(), settings.targets)
+        if settings.checkpoint_activations:
+            recompute_activations(self.model)
+        routed = {n: a for n, a in self.adapters.items() if isinstance(a, RankLora) and a.settings.chosen is not None}
+        self.usage = Usage(routed) if routed else None
+        self.weights = nn.ModuleList([*self.adapters.values(), *([self.usage] if self.usage else [])])
+        self.changed: list[str] = []  # layers whose rank the last step changed
+        self.seen = torch.zeros(2, dtype=torch.float64)  # examples and tokens since the start of this process
         self.growth = self._growth()
         self.optimiser = make_optimiser(self.weights, lr=settings.lr, weight_decay=settings.weight_decay, betas=BETAS)
         self.progress = run_state.Progress(corpus=self.packs.digest, recipe=settings.recipe(self.steps))
@@ -151,7 +165,7 @@ class _Run:
     def loop(self, interrupted: threading.Event) -> bool:
         """Take steps until the schedule ends or the event is set; leaves a checkpoint. True when all were taken."""
         settings, progress = self.settings, self.progress
-        started = saved = time.monotonic()
+        self.started = started = saved = time.monotonic()
         spent = progress.seconds
         with tqdm(
             total=self.steps, initial=progress.step, unit="step", disable=self.rank > 0 or not settings.progress,
@@ -180,14 +194,21 @@ class _Run:
         return x
 
     def save(self) -> None:
-        if self.rank == 0:
-            run_state.save(self.settings.out, self.weights, self.optimiser, self.progress)
+        if self.rank > 0:
+            return
+        run_state.save(self.settings.out, self.weights, self.optimiser, self.progress)
+        if self.settings.plot:
+            from anabranch.tune.plots import draw
+
+            draw(self.log)
 
     def take_step(self) -> None:
         s, progress = self.settings, self.progress
         first = progress.step * s.accumulate * self.size + self.rank * s.accumulate
         batches = [self.packs.at(first + index) for index in range(s.accumulate)]
-        learnt = self.total(torch.tensor(float(sum(int((batch.targets != IGNORED).sum()) for batch in batches))))
+        sizes = [[int((batch.targets != IGNORED).sum()), batch.examples, int(batch.used.sum())] for batch in batches]
+        learnt, *seen = self.total(torch.tensor(sizes, dtype=torch.float64).sum(0)).tolist()
+        self.seen += torch.tensor(seen)
         rate = cosine_rate(
             progress.step, steps=self.steps, warmup=int(s.warmup * self.steps), lr=s.lr, final_lr=s.final_lr
         )
@@ -196,7 +217,7 @@ class _Run:
         nats = torch.zeros(())
         for batch in batches:
             with padded(self.model, batch.used.to(s.device)):  # padding is not to be counted, in either pass
-                loss = packed_loss(self.model, batch) / learnt.item()
+                loss = packed_loss(self.model, batch) / learnt
                 loss.backward()
             nats += loss.detach().cpu()
         penalty = None if self.growth is None or self.rank > 0 else self.growth.penalty()  # alike on all: counted once
@@ -206,41 +227,53 @@ class _Run:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             self.total(parameter.grad)
-        torch.nn.utils.clip_grad_norm_(self.weights.parameters(), s.clip)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.weights.parameters(), s.clip)
         self.optimiser.step()
         if self.growth is not None:
-            self.growth.look(progress.step + 1)
+            self.changed = self.growth.look(progress.step + 1)
         self.optimiser.zero_grad(set_to_none=True)
         value = float(self.total(nats))
         if not math.isfinite(value):
             raise ValueError(f"the loss became {value} at step {progress.step}; try a smaller lr than {s.lr}")
-        for adapter in self.adapters.values():
-            if isinstance(adapter, RankLora):
-                adapter.rebalance()
+        counts = {name: one.rebalance() for name, one in self.adapters.items() if isinstance(one, RankLora)}
+        if self.usage is not None:
+            self.usage.add(counts)
         progress.step += 1
         progress.loss_sum += value
         progress.loss_count += 1
 
     def report(self, bar: "tqdm[Any]") -> None:
-        """Log the mean loss since the last entry, and the held-out examples when it is due."""
+        """Log what there is since the last entry: every few steps, when ranks change, and more when it is measured."""
         s, progress = self.settings, self.progress
-        last = progress.step == self.steps
-        if not last and progress.step % min(10, s.evaluate_every):
+        often = min(10, s.evaluate_every)
+        whole = progress.step == self.steps or progress.step % s.evaluate_every == 0
+        if not (whole or self.changed or progress.step % often == 0):
             return
-        entry: dict[str, float] = {"train_loss": round(progress.loss_sum / progress.loss_count, 5)}
+        entry: dict[str, Any] = {"train_loss": round(progress.loss_sum / progress.loss_count, 5)}
         progress.loss_sum, progress.loss_count = 0.0, 0
-        if self.probe is not None and (last or progress.step % s.evaluate_every == 0):
+        if self.probe is not None and whole:
             entry["held_out_loss"] = round(self.held_out(), 5)
         if self.growth is not None:
             entry["ranks"] = self.growth.total
+            if self.changed or whole or progress.step == often:
+                entry["layer_ranks"] = {name: one.rank for name, one in self.growth.layers.items()}
+        if self.usage is not None:
+            entry |= self.usage.entry(whole=whole)
         if self.rank > 0:
             return
         tokens = progress.step * s.accumulate * self.size * s.batch * s.context
         line = {"step": progress.step, "tokens": tokens, "seconds": round(progress.seconds, 1), **entry}
+        line |= {"lr": self.optimiser.param_groups[0]["lr"], "grad_norm": round(float(self.grad_norm), 5)}
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        progress.shown.update(entry)
-        bar.set_postfix({name: f"{value:.4g}" for name, value in progress.shown.items()})
+        progress.shown.update({name: value for name, value in entry.items() if not isinstance(value, dict)})
+        shown = {**progress.shown, "tok/s": self.speed()[1], "examples/s": self.speed()[0]}
+        bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+
+    def speed(self) -> list[float]:
+        """Examples and tokens a second, of all processes, since this one started; measuring and saving included."""
+        speed: list[float] = (self.seen / max(1e-9, time.monotonic() - self.started)).tolist()
+        return speed
 
     def held_out(self) -> float:
         assert self.probe is not None
@@ -251,6 +284,7 @@ class _Run:
 
     def finish(self, *, interrupted: bool) -> Outcome:
         s, shown = self.settings, self.progress.shown
+        held_out, (examples, tokens) = shown.get("held_out_loss"), self.speed()
         outcome = Outcome(
             steps=self.progress.step,
             interrupted=interrupted,
@@ -259,21 +293,18 @@ class _Run:
             cut=self.packs.cut,
             dropped=self.packs.dropped,
             train_loss=shown.get("train_loss"),
-            held_out_loss=shown.get("held_out_loss"),
+            held_out_loss=held_out,
+            held_out_perplexity=None if held_out is None else round(math.exp(min(held_out, 700.0)), 4),
+            examples_per_s=round(examples, 2),
+            tokens_per_s=round(tokens, 1),
             ranks=None if self.growth is None else {name: one.rank for name, one in self.growth.layers.items()},
         )
         if interrupted or self.rank > 0:
             return outcome
         save_adapters(s.out, self.adapters, base_model=str(s.model))
         write_json(s.out / REPORT, {"recipe": self.progress.recipe, **asdict(outcome)})
-        if s.plot:
-            draw(s.out)
+        if s.save_merged is not None:
+            merge(self.model)
+            copy_companions(s.model, s.save_merged)
+            save_model(self.model, s.save_merged)
         return outcome
-
-
-def draw(out: Path) -> None:
-    """loss.png."""
-    from anabranch.common.plot import draw_loss
-
-    curves = {"train_loss": "training (mean since the last entry)", "held_out_loss": "held out"}
-    draw_loss(out / LOG, out / "loss.png", curves, x="million tokens", y="nats per learnt token")

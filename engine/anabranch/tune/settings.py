@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 METHODS = ("lora", "experts", "smora", "triadapt", "adalora")
+ROUTED = ("experts", "smora")
 GATES = ("softmax_topk", "sigmoid_renorm", "sigmoid_renorm_unbiased")
 DTYPES = ("auto", "float32", "bfloat16")
 # Where and how long a run works, not what it computes: these may differ when it is resumed.
 OPERATIONAL = frozenset(
-    {"model", "data", "held_out", "out", "resume", "plot", "progress", "checkpoint_every_s", "device"}
-)
+    {
+        "model", "data", "held_out", "out", "init_from", "save_merged", "resume", "plot", "progress",
+        "checkpoint_every_s", "checkpoint_activations", "device",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +24,8 @@ class TuneSettings:
     method       lora; experts: blocks of `block` ranks of which `chosen` take part; smora: the same with blocks of one;
                  triadapt: ranks grow to a mean of `rank`; adalora: half as many again, pruned to it by half time
     data         JSONL files of examples, one named twice counting twice; held_out: another to measure on
+    init_from    a folder of adapters to begin with, of the same method, sizes and layers
+    save_merged  a folder for the whole model with the adapters added to its weights
     targets      layers to adapt: names, ends or patterns
     rank         r of each layer; for triadapt and adalora the mean at the end
     chosen       blocks that a token picks; None: an eighth of them, at least one
@@ -31,6 +37,7 @@ class TuneSettings:
     orthogonality  weight of the penalty on A and B (triadapt, adalora); None: each one's own, 0 and 0.5
     epochs       times the examples are gone through; or `steps`
     batch        rows of `context` tokens of one pass; accumulate: passes of one step, on each process
+    checkpoint_activations   compute them again in the backward pass instead of keeping them
     dtype        of the model's own weights; adapters are trained in float32
     """
 
@@ -38,6 +45,8 @@ class TuneSettings:
     data: tuple[Path, ...]
     out: Path
     held_out: Path | None = None
+    init_from: Path | None = None
+    save_merged: Path | None = None
     method: str = "lora"
     targets: tuple[str, ...] = ("*",)
     rank: int = 16
@@ -62,6 +71,7 @@ class TuneSettings:
     dtype: str = "auto"
     evaluate_every: int = 100
     checkpoint_every_s: float = 60.0
+    checkpoint_activations: bool = False
     device: str = "cpu"
     resume: bool = False
     plot: bool = False
@@ -85,6 +95,15 @@ class TuneSettings:
                 raise ValueError(f"{name} is a share and must be from 0 to 1, got {getattr(self, name)}")
         if self.context < 2 or (self.steps is not None and self.steps < 1):
             raise ValueError(f"need context >= 2 and steps >= 1, got {self.context} and {self.steps}")
+        if self.save_merged is not None:
+            if self.method in ROUTED:
+                raise ValueError(
+                    f"adapters of {self.method} depend on each token, so no weight can hold them; save_merged is for "
+                    f"{[method for method in METHODS if method not in ROUTED]}"
+                )
+            used = self.save_merged.exists() and (not self.save_merged.is_dir() or any(self.save_merged.iterdir()))
+            if used or self.save_merged == self.out:
+                raise ValueError(f"save_merged needs a new or empty folder of its own, got {self.save_merged}")
         if not self.data:
             raise ValueError("data must name at least one file")
         if not self.targets:
