@@ -25,6 +25,8 @@ def draw_loss(log: Path, path: Path, curves: Mapping[str, str], *, x: str, y: st
     axes = figure.subplots()
     for (key, label), (marker, color) in zip(curves.items(), STYLES, strict=True):
         points = [(entry["tokens"] / 1e6, entry[key]) for entry in entries if key in entry]
+        if not points:
+            continue
         axes.plot([x for x, _ in points], [y for _, y in points], label=label, marker=marker, color=color, linewidth=1)
     axes.set_xlabel(x)
     axes.set_ylabel(y)

@@ -38,12 +38,15 @@ def draw_ranks(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(WIDTH, _height(len(names))), layout="constrained")
     over, last = figure.subplots(1, 2, width_ratios=(2, 1), sharey=True)
     mesh = over.pcolormesh(edges, range(len(names) + 1), grid, cmap="viridis", vmin=0)
-    _groups(over, names)
+    _groups(over, names, "white")
     over.set_xlabel("step")
-    figure.colorbar(mesh, ax=over, label="rank", pad=0.02)
+    figure.colorbar(mesh, ax=over, label="rank", pad=0.02, aspect=40)
     last.barh([y + 0.5 for y in range(len(names))], [row[-1] for row in grid], height=0.8, color="tab:blue")
     last.set_xlabel(f"rank at step {rows[-1]['step']}, {sum(row[-1] for row in grid)} in all")
     last.grid(alpha=0.3, axis="x")
+    _groups(last, names, "tab:gray")
+    last.tick_params(axis="y", labelleft=False)
+    last.set_ylabel("")
     replace_file(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
 
 
@@ -60,23 +63,23 @@ def draw_experts(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     map_, cv, unused = (figure.add_subplot(place) for place in (grid[:, 0], grid[0, 1], grid[1, 1]))
     blocks = len(shares[0])
     mesh = map_.pcolormesh(range(blocks + 1), range(len(names) + 1), shares, cmap="RdBu_r", vmin=0, vmax=2)
-    _groups(map_, names)
-    map_.set_xlabel("block")
-    figure.colorbar(mesh, ax=map_, label="picks, 1 = as many as the others", extend="max", pad=0.02)
+    _groups(map_, names, "black")
     details = [row for row in rows if "usage" in row]
+    since = details[-2]["step"] + 1 if len(details) > 1 else 1
+    map_.set_xlabel(f"block, picked in steps {since} to {latest['step']}")
+    figure.colorbar(mesh, ax=map_, label="picks, 1 = as many as the others", extend="max", pad=0.02, aspect=40)
     for axes, key, label in ((cv, "cv", "std / mean of picks"), (unused, "unused", "share never picked")):
         spread = [[layer[key] for layer in row["usage"].values()] for row in details]
         steps = [row["step"] for row in details]
         axes.fill_between(
             steps, [min(x) for x in spread], [max(x) for x in spread], color="tab:gray", alpha=0.3, linewidth=0
         )
-        axes.plot(
-            *zip(*((row["step"], row[key]) for row in rows if key in row), strict=True), color="tab:blue", linewidth=1
-        )
+        means = [sum(x) / len(x) for x in spread]
+        axes.plot(steps, means, color="tab:blue", linewidth=1, marker=".")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    unused.set_xlabel("step (line: mean of layers, grey: all)")
+    unused.set_xlabel("step; line: mean of layers, grey: all")
     replace_file(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
 
 
@@ -94,7 +97,7 @@ def _height(layers: int) -> float:
     return min(12.0, max(HEIGHT, 1.0 + ROW * layers))
 
 
-def _groups(axes: Any, names: Sequence[str]) -> None:
+def _groups(axes: Any, names: Sequence[str], color: str) -> None:
     """Name the kinds of layers on the y axis, the first layer on top, with a line between kinds."""
     at, ticks = 0, []
     for kind, some in groupby(names, _kind):
@@ -102,7 +105,8 @@ def _groups(axes: Any, names: Sequence[str]) -> None:
         ticks.append((at + count / 2, kind))
         at += count
         if at < len(names):
-            axes.axhline(at, color="white", linewidth=1.5)
+            axes.axhline(at, color=color, linewidth=1)
     axes.set_yticks([y for y, _ in ticks], [kind for _, kind in ticks], fontsize="small")
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names), 0)
+    axes.set_ylabel("a row a layer, the first on top")
