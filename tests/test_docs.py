@@ -34,6 +34,7 @@ def run(arguments, *, cwd, **environment):
         "docs/embedding.md",
         "docs/aggregating.md",
         "docs/secure-aggregation.md",
+        "docs/adapters.md",
     ],
 )
 def test_python_examples_run(page, tmp_path):

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--checkpoint-activations", action="store_true",
-        help="compute activations again instead of keeping them: less memory, a third more time",
+        help="compute activations again instead of keeping them: less memory for one more forward pass",
     )  # fmt: skip
     add("--resume", action="store_true", help="go on from the checkpoint")
     add("--plot", action="store_true", help="draw the log at each checkpoint (needs the extra `plot`)")

@@ -180,7 +180,7 @@ def test_pictures_are_drawn_at_checkpoints(settings, monkeypatch):
     assert {path.name for path in settings.out.glob("*.png")} == {"loss.png", "ranks.png"}
 
 
-@pytest.mark.parametrize("method", ["lora", "triadapt"])
+@pytest.mark.parametrize("method", ["lora", "triadapt", "adalora"])
 def test_a_merged_model_computes_what_was_measured(settings, method, tmp_path):
     outcome = tune(replace(settings, method=method, save_merged=tmp_path / "merged"))
     network = load_model(tmp_path / "merged")
