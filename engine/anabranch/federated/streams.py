@@ -62,9 +62,10 @@ class Streams:
         return (self.words(count, purpose, part) >> 8).float() * HALVES
 
     def normal(self, count: int, purpose: Purpose, part: int = 0) -> Tensor:
-        """[N, count] float32, by Box and Muller."""
-        u, v = self.uniform(2 * count, purpose, part).split(count, 1)
-        return torch.sqrt(-2 * torch.log1p(-u)) * torch.cos(2 * math.pi * v)
+        """[N, count] float32, by Box and Muller; like the others, a longer draw begins with the shorter one."""
+        u, v = self.uniform(count + count % 2, purpose, part).unflatten(1, (-1, 2)).unbind(2)
+        length, angle = torch.sqrt(-2 * torch.log1p(-u)), 2 * math.pi * v
+        return torch.stack([length * angle.cos(), length * angle.sin()], 2).flatten(1)[:, :count]
 
     def order(self, counts: Tensor, longest: int, part: int) -> Tensor:
         """[N, longest] int64: the first counts[i] numbers of row i are 0 .. counts[i] - 1, shuffled; then the rest.

@@ -32,6 +32,13 @@ def test_a_stream_does_not_depend_on_its_company():
             assert torch.equal(getattr(together, draw)(9, Purpose.MIX, 2)[i], mine)
 
 
+@pytest.mark.parametrize("draw", ["words", "uniform", "normal"])
+def test_a_longer_draw_begins_with_the_shorter(draw):
+    longer = getattr(Streams(7, torch.tensor([3, 1]), 5), draw)(33, Purpose.MIX, 2)
+    for count in (0, 1, 2, 5, 32):  # clients of few samples draw less alone than in a group
+        assert torch.equal(getattr(Streams(7, torch.tensor([3, 1]), 5), draw)(count, Purpose.MIX, 2), longer[:, :count])
+
+
 def test_seed_client_round_purpose_and_part_each_make_another_stream():
     def first(seed=1, client=2, round=3, purpose=Purpose.MIX, part=4):
         return tuple(Streams(seed, torch.tensor([client]), round).words(4, purpose, part)[0].tolist())
