@@ -26,7 +26,8 @@ def train(method: FedAvg, visit: Visit) -> Tensor:
     method.begin(visit, rows)
     for number in range(schedule.epochs):
         method.begin_epoch(visit, rows, number)
-        for batch in epoch(visit.data, visit.streams, number, size=schedule.batch, drop_last=schedule.drop_last):
+        data = method.samples(visit)
+        for batch in epoch(data, visit.streams, number, size=schedule.batch, drop_last=schedule.drop_last):
             step(rows, velocity, slope_of(method, visit, rows, batch), visit, batch)
         method.end_epoch(visit, rows, number)
     return method.end(visit, rows)

@@ -1,7 +1,7 @@
 """The steps of a federated method, as FedAvg takes them. Every other method is a class that changes one or two.
 
     server   first -> send -> ........................................ -> aggregate
-    client            fresh -> begin -> (begin_epoch -> loss ... -> end_epoch) ... -> end, reply
+    client            fresh -> begin -> (begin_epoch, samples -> loss ... -> end_epoch) ... -> end, reply
     all      survey -> answer of every client -> settle                in the rounds in which the method asks them all
 
 Clients are trained in groups: every tensor has N clients in front, and nothing may pass from one of them to another. So
@@ -11,9 +11,10 @@ FedAvg: McMahan et al., arXiv 1602.05629.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from anabranch.federated.schedule import Schedule
 from anabranch.federated.streams import Streams
 
 Tensors = Mapping[str, Tensor]
+PIECE = 256  # samples of a client looked at together when none is learned from
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +38,7 @@ class Visit:
     sent        [N, ...]       what the method's server sent beside the model
     kept        [N, ...]       what the clients keep from one visit to the next; one entry a sample: [N, n, ...]
     streams     their random numbers
+    notes       [N, ...] or [W * N, ...]  what the method writes down until the visit ends
     statistics  [W * N, S]     of the latest pass in training, None if the network has none
     leaves      rows whose tensors are leaves of autograd, and these; while a single row's slope is computed
     """
@@ -49,6 +52,7 @@ class Visit:
     sent: Tensors
     kept: dict[str, Tensor]
     streams: Streams
+    notes: dict[str, Tensor] = field(default_factory=dict)
     statistics: Tensor | None = None
     leaves: tuple[Tensor, Views] | None = None
 
@@ -61,6 +65,12 @@ class Visit:
         if training:
             self.statistics = out.statistics
         return out
+
+    def review(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [W * N, n, C] and features [W * N, n, d] of all samples, in evaluation and without gradients."""
+        with torch.no_grad():
+            pieces = [self.see(rows, x, training=False) for x in self.data.x.split(PIECE, 1)]
+        return torch.cat([out.logits for out in pieces], 1), torch.cat([out.features for out in pieces], 1)
 
 
 class Replies(NamedTuple):
@@ -117,6 +127,10 @@ class FedAvg:
 
     def begin_epoch(self, visit: Visit, rows: Tensor, epoch: int) -> None:
         """Before each epoch."""
+
+    def samples(self, visit: Visit) -> Packed:
+        """What an epoch goes through; `batch.which` counts these."""
+        return visit.data
 
     def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
         """[W * N]: what each network descends; a mean over the samples that count."""

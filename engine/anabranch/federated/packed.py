@@ -69,6 +69,15 @@ def pack(x: Tensor, y: Tensor, owned: list[Tensor]) -> Packed:
     return Packed(x, index, y[index], counts)
 
 
+def subset(data: Packed, chosen: Tensor) -> Packed:
+    """The samples chosen [N, n] bool, at least one of each client; their order is kept."""
+    counts = chosen.sum(1)
+    order = (~chosen).long().argsort(dim=1, stable=True)[:, : int(counts.max())]
+    index = torch.where(torch.arange(order.shape[1]) < counts[:, None], order, order[:, :1])
+    row = torch.arange(len(index))[:, None]
+    return Packed(data.x[row, index], data.y[row, index], counts)
+
+
 def epoch(data: Packed, streams: Streams, number: int, *, size: int, drop_last: bool) -> Iterator[Batch]:
     """The batches of one epoch, each sample once, in an order of the client's own.
 

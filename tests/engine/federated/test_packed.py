@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.federated.packed import epoch, pack
+from anabranch.federated.packed import epoch, pack, subset
 from anabranch.federated.streams import Streams
 
 
@@ -51,3 +51,16 @@ def test_epochs_differ_in_their_order_and_their_numbers():
     _, second = batches([9], [0], size=3, drop_last=False, number=1)
     assert not torch.equal(first[0].which, second[0].which)
     assert not {batch.number for batch in first} & {batch.number for batch in second}
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6).filter(any), min_size=1, max_size=5))
+def test_a_subset_is_what_clients_with_these_samples_alone_would_hold(chosen):
+    x, y = torch.arange(100.0).view(50, 2), torch.arange(50)
+    owned = list(torch.arange(sum(map(len, chosen))).split([len(row) for row in chosen]))
+    data = pack(x, y, owned)
+    mask = torch.zeros_like(data.y, dtype=torch.bool)
+    for row, mine in zip(mask, chosen, strict=True):
+        row[: len(mine)] = torch.tensor(mine)
+    mine = [own[torch.tensor(row)] for own, row in zip(owned, chosen, strict=True)]
+    for found, expected in zip(subset(data, mask), pack(x, y, mine), strict=True):
+        assert torch.equal(found, expected)
