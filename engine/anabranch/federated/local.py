@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from anabranch.federated.augment import augment
 from anabranch.federated.method import FedAvg, Visit
 from anabranch.federated.packed import Batch, epoch
 
@@ -28,6 +29,8 @@ def train(method: FedAvg, visit: Visit) -> Tensor:
         method.begin_epoch(visit, rows, number)
         data = method.samples(visit)
         for batch in epoch(data, visit.streams, number, size=schedule.batch, drop_last=schedule.drop_last):
+            if schedule.augment:
+                batch = batch._replace(x=augment(batch.x, visit.streams, batch.number))
             step(rows, velocity, slope_of(method, visit, rows, batch), visit, batch)
         method.end_epoch(visit, rows, number)
     return method.end(visit, rows)

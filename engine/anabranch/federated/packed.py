@@ -74,8 +74,7 @@ def subset(data: Packed, chosen: Tensor) -> Packed:
     counts = chosen.sum(1)
     order = (~chosen).long().argsort(dim=1, stable=True)[:, : int(counts.max())]
     index = torch.where(torch.arange(order.shape[1]) < counts[:, None], order, order[:, :1])
-    row = torch.arange(len(index))[:, None]
-    return Packed(data.x[row, index], data.y[row, index], counts)
+    return Packed(data.source, data.owned.gather(1, index), data.y.gather(1, index), counts)
 
 
 def epoch(data: Packed, streams: Streams, number: int, *, size: int, drop_last: bool) -> Iterator[Batch]:
