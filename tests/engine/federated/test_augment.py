@@ -83,7 +83,7 @@ def test_training_looks_at_a_new_view_in_each_step():
     holdings = Holdings(torch.zeros(6, 4), torch.arange(6) % 3, [torch.arange(6)])
     federation = found(Looking(), MLP((4, 3)), holdings, Schedule(batch=3, epochs=2, augment=True))
     run_round(federation)
-    assert [number for number, _, _ in seen] == [0, 1, 2, 3]
+    assert len({number for number, _, _ in seen}) == 4
     streams = Streams(0, torch.tensor([0]), 0)
     for number, own, looked_at in seen:
         assert torch.equal(looked_at, augment(own[None], streams, number)[0])
