@@ -66,9 +66,13 @@ def forward(network: Network, rows: Tensor, x: Tensor, *, training: bool = False
 
 
 class Layout:
-    """Names and shapes of the tensors of a row, one after another: first what is trained, then statistics."""
+    """Names and shapes of the tensors of a row, one after another: first what is trained, then statistics.
+
+    The last two that are trained are the last layer's, weight [d, C] and bias [C].
+    """
 
     def __init__(self, trained: Mapping[str, Sequence[int]], statistics: Mapping[str, Sequence[int]] | None = None):
+        self.head = tuple(trained)[-2:]
         self.shapes = {name: tuple(shape) for name, shape in (*trained.items(), *(statistics or {}).items())}
         self.tensors_trained, self.trained = len(trained), sum(map(prod, trained.values()))
         self.size = sum(map(prod, self.shapes.values()))
