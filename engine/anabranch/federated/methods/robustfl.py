@@ -4,18 +4,18 @@ arXiv 2012.01700
     S   the samples of a batch with the smallest CE(z, y); int(f(t) B) are left out
     nearest_i = argmax_c cos(F_c, h_i)        m_i = [nearest_i = y_i]
     target_i  = y_i if m_i, else what the model that came in says of i; y_i before round `trust`
-    L = mean over S of CE(z, target) + pull_t sum over S of m_i |h_i - F_{y_i}|^2 + entropy * mean over S of H(p_i)
+    L = mean over S of  CE(z_i, target_i) + pull_t m_i |h_i - F_{y_i}|^2 + entropy H(p_i)
     F_c <- (1 - s^2) F_c + s^2 G_c,  s = cos(F_c, G_c)     after each batch; G_c the mean feature of S of class y = c
     server  F_c <- sum_k cos(F_c, F_kc) F_kc / sum_k cos(F_c, F_kc)
 
 f rises as Co-teaching's, pull_t to `pull` in the rounds before `trust`. Features in F, G and nearest carry no gradient.
 
 From the paper       global centroids, guided pseudo-labels, the three losses.
-From FNBench         arXiv 2505.06684: weights, rounds, the sum (not mean) over S, class means as first centroids.
+From FNBench         arXiv 2505.06684: weights, rounds, class means as first centroids.
 Reconstructed here   the server's first centroids are the plain means of the clients', its code's are random; cosines
                      below zero weigh nothing; a centroid that nobody has is the first one found.
-Deviations           FNBench's code detaches h, so its pull has no gradient. Here it has: `pull` is a sum over a batch,
-                     and large batches of long features need it smaller.
+Deviations           the distances are a mean like all else; FNBench's code sums them, but detaches h, so they have no
+                     gradient there. `summed` sums them, with a gradient: on the digits SGD does not survive it.
 """
 
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ class RobustFL(FedAvg):
     trust    the first round in which the incoming model's labels are learned from
     pull     weight of the distance from a class's centroid
     entropy  weight of the entropy
+    summed   distances are summed over a batch
     """
 
     forget: float = 0.2
@@ -43,6 +44,7 @@ class RobustFL(FedAvg):
     trust: int = 10
     pull: float = 1.0
     entropy: float = 0.8
+    summed: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.forget < 1 or min(self.ramp, self.trust, self.pull, self.entropy) < 0:
@@ -76,8 +78,8 @@ class RobustFL(FedAvg):
         pull = self.pull * min(1.0, visit.round / self.trust) if self.trust else self.pull
         means = class_means(features, batch.y, chosen, visit.network.classes)
         visit.notes["centroids"] = moved(centroids, means)
-        each = (cross_entropy(out.logits, target) + self.entropy * unsure) * weight + pull * far
-        return each.sum(1)
+        each = (cross_entropy(out.logits, target) + self.entropy * unsure) * weight
+        return each.sum(1) + pull * (far if self.summed else far * weight).sum(1)
 
     def reply(self, visit: Visit, rows: Tensor) -> dict[str, Tensor]:
         return {"centroids": visit.notes["centroids"]}

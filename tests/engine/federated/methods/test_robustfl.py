@@ -25,7 +25,8 @@ def test_alone_and_together(same_alone_and_together):
     same_alone_and_together(RobustFL(forget=0.4, ramp=2, trust=1, pull=0.1), rounds=4)
 
 
-def test_the_loss_is_the_formula(found_small):
+@pytest.mark.parametrize("summed", [False, True])
+def test_the_loss_is_the_formula(found_small, summed):
     seen = []
 
     class Checked(RobustFL):
@@ -47,11 +48,11 @@ def test_the_loss_is_the_formula(found_small):
                     expected += (float(-p[target].log()) + 0.8 * float(-(p * p.log()).sum())) / len(S)
                     if nearest == y[b]:
                         away = float((h[b] - centroids[i, y[b]].double()).square().sum())
-                        expected += 0.5 * min(1, visit.round / 2) * away
-                assert float(found[i]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+                        expected += 0.5 * min(1, visit.round / 2) * away / (1 if summed else len(S))
+                assert float(found[i].detach()) == pytest.approx(expected, rel=1e-4, abs=1e-6)
             return found
 
-    federation = found_small(Checked(forget=0.3, ramp=0, trust=2, pull=0.5))
+    federation = found_small(Checked(forget=0.3, ramp=0, trust=2, pull=0.5, summed=summed))
     for _ in range(3):
         run_round(federation)
     assert set(seen) == {(True, True), (False, True), (False, False)}  # believed, kept for want of trust, replaced
