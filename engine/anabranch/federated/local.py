@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from anabranch.federated.augment import augment
+from anabranch.federated.decorrelation import correlation
 from anabranch.federated.method import FedAvg, Visit
 from anabranch.federated.packed import Batch, epoch
 
@@ -43,11 +44,11 @@ def slope_of(method: FedAvg, visit: Visit, rows: Tensor, batch: Batch) -> list[T
     """
     leaf = rows.detach().requires_grad_()
     if len(rows) > 1:
-        return list(torch.autograd.grad(method.loss(visit, leaf, batch).sum(), leaf))
+        return list(torch.autograd.grad(descended(method, visit, leaf, batch), leaf))
     layout = visit.network.layout
     views = {name: view.detach().requires_grad_() for name, view in layout.views(rows).items()}
     visit.leaves = leaf, views
-    loss = method.loss(visit, leaf, batch).sum()
+    loss = descended(method, visit, leaf, batch)
     trained = list(views.values())[: layout.tensors_trained]
     whole, *slopes = torch.autograd.grad(loss, [leaf, *trained], allow_unused=True, materialize_grads=False)
     visit.leaves = None
@@ -57,6 +58,15 @@ def slope_of(method: FedAvg, visit: Visit, rows: Tensor, batch: Batch) -> list[T
         layout.views(whole).values()
     )  # what a method makes of the row itself, such as its distance from another
     return [more if slope is None else slope + more for slope, more in zip(slopes, added, strict=False)]
+
+
+def descended(method: FedAvg, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
+    """The method's loss, and what the schedule adds to any; summed over rows, of which each has its own."""
+    loss = method.loss(visit, rows, batch)
+    if visit.schedule.decorrelation:
+        features = visit.features(rows, batch.x)
+        loss = loss + visit.schedule.decorrelation * correlation(features, batch.real)
+    return loss.sum()
 
 
 def step(rows: Tensor, velocity: Tensor, slopes: list[Tensor], visit: Visit, batch: Batch) -> None:

@@ -41,6 +41,7 @@ class Visit:
     notes       [N, ...] or [W * N, ...]  what the method writes down until the visit ends
     statistics  [W * N, S]     of the latest pass in training, None if the network has none
     leaves      rows whose tensors are leaves of autograd, and these; while a single row's slope is computed
+    latest      rows and x of that pass and what came out
     """
 
     network: Network
@@ -55,15 +56,16 @@ class Visit:
     notes: dict[str, Tensor] = field(default_factory=dict)
     statistics: Tensor | None = None
     leaves: tuple[Tensor, Views] | None = None
+    latest: tuple[Tensor, Tensor, Output] | None = None
 
     def see(self, rows: Tensor, x: Tensor, *, training: bool = True) -> Output:
         """What the networks of rows [W * N, D] say of x [N, B, ...]: [W * N, B, ...]."""
         copies = len(rows) // len(x)
-        x = x.repeat(copies, *[1] * (x.ndim - 1)) if copies > 1 else x
+        repeated = x.repeat(copies, *[1] * (x.ndim - 1)) if copies > 1 else x
         views = self.leaves[1] if self.leaves is not None and rows is self.leaves[0] else None
-        out = forward(self.network, rows, x, training=training, views=views)
+        out = forward(self.network, rows, repeated, training=training, views=views)
         if training:
-            self.statistics = out.statistics
+            self.statistics, self.latest = out.statistics, (rows, x, out)
         return out
 
     def review(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,6 +73,15 @@ class Visit:
         with torch.no_grad():
             pieces = [self.see(rows, x, training=False) for x in self.data.x.split(PIECE, 1)]
         return torch.cat([out.logits for out in pieces], 1), torch.cat([out.features for out in pieces], 1)
+
+    def features(self, rows: Tensor, x: Tensor) -> Tensor:
+        """[W * N, B, d] of x in training: those of the latest pass, if it was of these very rows and x."""
+        if self.latest is None or self.latest[0] is not rows or self.latest[1] is not x:
+            statistics = self.statistics
+            self.see(rows, x)
+            self.statistics = statistics  # the method's own pass is the one that counts
+        assert self.latest is not None
+        return self.latest[2].features
 
 
 class Replies(NamedTuple):

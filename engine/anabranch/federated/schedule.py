@@ -14,6 +14,7 @@ class Schedule:
     drop_last     leave out what does not fill a batch, but for clients whose samples fill none
     lr, momentum, weight_decay
                   of SGD, its momentum from zero in every round
+    decorrelation times how much features of a batch go together (decorrelation.py) is added to any method's loss
     augment       show pictures shifted and mirrored (vectors: with a little noise)
     seed          of everything that is drawn
     """
@@ -26,6 +27,7 @@ class Schedule:
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    decorrelation: float = 0.0
     augment: bool = False
     seed: int = 0
 
@@ -40,6 +42,8 @@ class Schedule:
                 f"need lr > 0, momentum in [0, 1) and weight_decay >= 0, got {self.lr}, {self.momentum}, "
                 f"{self.weight_decay}"
             )
+        if not self.decorrelation >= 0:
+            raise ValueError(f"decorrelation must not be negative, got {self.decorrelation}")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
 
