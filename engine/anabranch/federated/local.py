@@ -32,7 +32,8 @@ def train(method: FedAvg, visit: Visit) -> Tensor:
         for batch in epoch(data, visit.streams, number, size=schedule.batch, drop_last=schedule.drop_last):
             if schedule.augment:
                 batch = batch._replace(x=augment(batch.x, visit.streams, batch.number))
-            step(rows, velocity, slope_of(method, visit, rows, batch), visit, batch)
+            slopes = method.slope(visit, rows, slope_of(method, visit, rows, batch))
+            step(rows, velocity, slopes, visit, batch)
         method.end_epoch(visit, rows, number)
     return method.end(visit, rows)
 
@@ -44,7 +45,8 @@ def slope_of(method: FedAvg, visit: Visit, rows: Tensor, batch: Batch) -> list[T
     """
     leaf = rows.detach().requires_grad_()
     if len(rows) > 1:
-        return list(torch.autograd.grad(descended(method, visit, leaf, batch), leaf))
+        (slope,) = torch.autograd.grad(descended(method, visit, leaf, batch), leaf)
+        return [slope[:, : visit.network.layout.trained]]
     layout = visit.network.layout
     views = {name: view.detach().requires_grad_() for name, view in layout.views(rows).items()}
     visit.leaves = leaf, views
@@ -83,7 +85,7 @@ def step(rows: Tensor, velocity: Tensor, slopes: list[Tensor], visit: Visit, bat
     if len(slopes) > 1:
         weights, velocities = (list(layout.views(x).values())[: len(slopes)] for x in (rows, velocity))
     else:
-        weights, velocities, slopes = [rows[:, :trained]], [velocity[:, :trained]], [slopes[0][:, :trained]]
+        weights, velocities = [rows[:, :trained]], [velocity[:, :trained]]
     moments: list[Tensor | None] = [*velocities]  # as torch declares them
     sgd(
         weights, slopes, moments, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay,

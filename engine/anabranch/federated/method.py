@@ -1,7 +1,7 @@
 """The steps of a federated method, as FedAvg takes them. Every other method is a class that changes one or two.
 
-    server   first -> send -> ........................................ -> aggregate
-    client            fresh -> begin -> (begin_epoch, samples -> loss ... -> end_epoch) ... -> end, reply
+    server   first -> send -> ............................................................ -> aggregate
+    client            fresh -> begin -> (begin_epoch, samples -> loss, slope ... -> end_epoch) ... -> end, reply
     all      survey -> answer of every client -> settle                in the rounds in which the method asks them all
 
 Clients are trained in groups: every tensor has N clients in front, and nothing may pass from one of them to another. So
@@ -91,7 +91,7 @@ class Replies(NamedTuple):
     counts    [m] int64          samples of each
     models    [m, W, D] float32  None if the method needs only their mean
     mean      [W, D] float32     weighted by `counts`
-    lengths   [m, W] float64     squared distance of each model from the one that was sent
+    lengths   [m, W] float64     squared distance of each model from the one that was sent, in what is trained
     extra     [m, ...]           what `reply` gave beside the model
     """
 
@@ -146,6 +146,10 @@ class FedAvg:
     def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
         """[W * N]: what each network descends; a mean over the samples that count."""
         return batch_mean(cross_entropy(visit.see(rows, batch.x).logits, batch.y), batch)
+
+    def slope(self, visit: Visit, rows: Tensor, slopes: list[Tensor]) -> list[Tensor]:
+        """What SGD goes down, of the loss's own slopes: tensors [W * N, ...] that are side by side a row's slope."""
+        return slopes
 
     def end_epoch(self, visit: Visit, rows: Tensor, epoch: int) -> None:
         """After each epoch."""

@@ -59,6 +59,15 @@ class Batch(NamedTuple):
         """[N, B] bool: samples that count."""
         return self.weight > 0
 
+    def take(self, values: Tensor) -> Tensor:
+        """[N, B, ...] of these samples, of what is known of all, values [N, n, ...]."""
+        return values[torch.arange(len(values))[:, None], self.which]
+
+    def put(self, values: Tensor, new: Tensor) -> None:
+        """Write new [N, B, ...] of those samples that count into values [N, n, ...]."""
+        client, place = self.real.nonzero(as_tuple=True)
+        values[client, self.which[client, place]] = new[client, place]
+
 
 def pack(x: Tensor, y: Tensor, owned: list[Tensor]) -> Packed:
     """The samples x [M, ...], y [M] of clients that own some of them each, owned [N] of indices [n_i], n_i >= 1."""

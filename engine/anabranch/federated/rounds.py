@@ -109,7 +109,7 @@ def visit_all(federation: Federation, clients: Tensor, *, threads: int) -> Repli
         for w in range(W):  # one network at a time: float64 copies stay small
             apart = sent[w].double() - f.server["model"][w].double()
             total[w] += visit.data.counts.double() @ apart
-            lengths[place, w] = apart.square().sum(1)
+            lengths[place, w] = apart[:, : f.network.layout.trained].square().sum(1)
         if models is not None:
             models[place] = sent.transpose(0, 1)
         extras.append((visit.clients, extra))

@@ -64,3 +64,21 @@ def test_a_subset_is_what_clients_with_these_samples_alone_would_hold(chosen):
     mine = [own[torch.tensor(row)] for own, row in zip(owned, chosen, strict=True)]
     for found, expected in zip(subset(data, mask), pack(x, y, mine), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_every_sample_is_written_once_and_nothing_else():
+    owned = [torch.arange(0, 3), torch.arange(3, 10), torch.arange(10, 11)]
+    data = pack(torch.arange(11.0)[:, None], torch.arange(11), owned)
+    written = torch.zeros(3, 7, dtype=torch.int64)
+    for batch in epoch(data, Streams(1, torch.arange(3), 0), 0, size=2, drop_last=False):
+        torch.testing.assert_close(batch.take(data.y), batch.y)
+        batch.put(written, batch.take(written) + 1 + batch.y)
+    assert torch.equal(written, torch.where(data.real, 1 + data.y, 0))
+
+
+def test_samples_that_are_dropped_are_not_written():
+    data = pack(torch.zeros(9, 1), torch.arange(9), [torch.arange(0, 4), torch.arange(4, 9)])
+    written = torch.zeros(2, 5, 3)
+    for batch in epoch(data, Streams(1, torch.arange(2), 0), 0, size=3, drop_last=True):
+        batch.put(written, torch.ones(*batch.y.shape, 3))
+    assert written.sum((1, 2)).tolist() == [9.0, 9.0]

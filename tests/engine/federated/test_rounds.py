@@ -1,5 +1,7 @@
 """A federation beside the same mathematics written plainly, and under any split of the work."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from anabranch.federated import local
 from anabranch.federated.method import FedAvg
 from anabranch.federated.networks.mlp import MLP
+from anabranch.federated.networks.resnet import ResNet
 from anabranch.federated.rounds import Holdings, cohort, found, run_round
 from anabranch.federated.schedule import Schedule
 from anabranch.federated.streams import Streams
@@ -90,6 +93,36 @@ def test_one_at_a_time_or_all_together(monkeypatch):
 
     for alone, together in zip(after(1), after(10**6), strict=True):
         torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uphill(FedAvg):
+    def slope(self, visit, rows, slope):
+        return -slope
+
+
+def test_a_method_may_turn_the_slope():
+    """Up with a step forward is down with a step back."""
+
+    def moved(method, lr):
+        network, data = NETWORK, holdings([5, 3])
+        federation = found(method, network, data, Schedule(batch=9, epochs=1, momentum=0.0, weight_decay=0.0, lr=lr))
+        before = federation.server["model"]
+        run_round(federation)
+        return federation.server["model"] - before
+
+    torch.testing.assert_close(moved(Uphill(), 0.1), -moved(FedAvg(), 0.1), atol=1e-6, rtol=0)
+
+
+def test_lengths_are_of_what_is_trained():
+    network = ResNet(1, 4, 4, 3, wide=8, blocks=(1, 1, 1, 1), norm="batch")
+    x = torch.randn(12, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    federation = found(FedAvg(), network, Holdings(x, torch.arange(12) % 3, [torch.arange(12)]), Schedule(batch=6))
+    before = federation.server["model"]
+    replies = run_round(federation)
+    apart = (replies.mean - before)[:, : network.layout.trained]
+    torch.testing.assert_close(replies.lengths, apart.double().square().sum(1)[None], rtol=1e-5, atol=0)
+    assert (replies.mean - before)[:, network.layout.trained :].abs().max() > 1e-3
 
 
 def test_a_cohort_is_drawn_anew_each_round_and_rises():
