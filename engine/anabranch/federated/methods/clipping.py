@@ -1,0 +1,31 @@
+"""Gradients no longer than a limit: what wrong labels pull at most. arXiv 1211.5063
+
+    g <- g min(1, limit / (||g|| + 1e-6))        ||g|| over all that is trained, in every step of every client
+
+From its code   FNBench's `clipping`, FedAvg with torch's clip_grad_norm_ at 5.0, whose 1e-6 this is. Weight decay is
+                added afterwards, as in torch.
+Shared          federated/local.py takes the steps.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from anabranch.federated.method import FedAvg, Visit
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clipping(FedAvg):
+    """limit: of a gradient's norm."""
+
+    limit: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0:
+            raise ValueError(f"limit must be positive, got {self.limit}")
+
+    def slope(self, visit: Visit, rows: Tensor, slope: Tensor) -> Tensor:
+        norm = slope[:, : visit.network.layout.trained].norm(dim=1, keepdim=True)
+        return slope.mul_((self.limit / (norm + EPS)).clamp_max(1))
