@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.aggregate import mixes, rules
@@ -104,6 +105,7 @@ def _rule(m: AggregateMethod, weights: Tensor | None) -> Rule:
         "medoid": partial(rules.medoid, weights=weights),
         "krum": partial(rules.krum, f=f, neighbours=m.neighbours),
         "multi-krum": partial(rules.multi_krum, f=f, chosen=m.chosen, neighbours=m.neighbours),
+        "distance-trimmed-mean": partial(rules.distance_trimmed_mean, f=f),
         "bulyan": partial(rules.bulyan_selection, f=f),
         "bulyan-selection": partial(rules.bulyan_selection, f=f),
         "minimum-diameter": partial(rules.minimum_diameter, f=f),
@@ -132,6 +134,7 @@ def finish_of(m: AggregateMethod) -> Coordinates | None:
     f = m.f or 0
     table: dict[str, Coordinates] = {
         "coordinate-median": coordinate_median,
+        "lower-median": _lower_median,
         "trimmed-mean": partial(trimmed_mean, f=f),
         "mean-around-median": partial(mean_around_median, f=f),
         "phocas": partial(phocas, f=f),
@@ -139,3 +142,8 @@ def finish_of(m: AggregateMethod) -> Coordinates | None:
         "bulyan": partial(mean_around_median, f=2 * f),
     }
     return table[m.rule]
+
+
+def _lower_median(points: Tensor) -> Tensor:
+    """Of an even number of points the lower of the middle two: with one more below all others their number is odd."""
+    return coordinate_median(F.pad(points, (0, 0, 0, 1 - points.shape[1] % 2), value=-torch.inf))

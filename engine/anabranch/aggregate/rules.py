@@ -99,6 +99,17 @@ def multi_krum(gram: Tensor, f: int, *, chosen: int | None = None, neighbours: i
     return _mean_of(_krum_scores(gram, f, neighbours).argsort(stable=True)[:chosen], gram)
 
 
+def distance_trimmed_mean(gram: Tensor, f: int) -> Tensor:
+    """Mean of the N - 2f points whose sums of squared distances to all are nearest to the (lower) median of these sums.
+
+    FNBench's "trimmed mean" (arXiv 2505.06684, its code): no trimming of coordinates. Such a sum says how far from the
+    mean a point lies; left out are the farthest, but the nearest too.
+    """
+    _check_faulty(gram, f)
+    sums = squared_distances(gram).sum(1)
+    return _mean_of((sums - sums.median()).abs().argsort(stable=True)[: len(gram) - 2 * f], gram)
+
+
 def bulyan_selection(gram: Tensor, f: int) -> Tensor:
     """Mean of the N - 2f points that Krum chooses one after another from those left: Bulyan's selection.
 

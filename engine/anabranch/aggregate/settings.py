@@ -9,6 +9,7 @@ RULES = {  # rule -> its options
     "medoid": ("weights",),
     "krum": ("f", "neighbours"),
     "multi-krum": ("f", "chosen", "neighbours"),
+    "distance-trimmed-mean": ("f",),
     "bulyan": ("f",),
     "bulyan-selection": ("f",),
     "minimum-diameter": ("f",),
@@ -19,6 +20,7 @@ RULES = {  # rule -> its options
     "fltrust": ("root",),
     "foolsgold": ("confidence",),
     "coordinate-median": (),
+    "lower-median": (),
     "trimmed-mean": ("f",),
     "mean-around-median": ("f",),
     "phocas": ("f",),
@@ -31,7 +33,9 @@ MIXES = {  # step before a rule -> its options
     "adaptive-clipping": ("f",),
 }
 REQUIRED = frozenset({"f", "radius", "own", "root", "bucket", "clip"})
-BY_COORDINATE = frozenset({"coordinate-median", "trimmed-mean", "mean-around-median", "phocas", "sign-majority"})
+BY_COORDINATE = frozenset(
+    {"coordinate-median", "lower-median", "trimmed-mean", "mean-around-median", "phocas", "sign-majority"}
+)
 AROUND_BASE = frozenset(
     {"centred-clipping", "fltrust", "foolsgold", "sign-majority", "static-clipping", "adaptive-clipping"}
 )

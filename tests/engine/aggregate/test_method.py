@@ -28,6 +28,7 @@ EXPECTED = {
     "medoid": rules.medoid,
     "krum": partial(rules.krum, f=1),
     "multi-krum": partial(rules.multi_krum, f=1),
+    "distance-trimmed-mean": partial(rules.distance_trimmed_mean, f=1),
     "bulyan-selection": partial(rules.bulyan_selection, f=1),
     "minimum-diameter": partial(rules.minimum_diameter, f=1),
     "smea": partial(rules.smea, f=1),
@@ -108,3 +109,11 @@ def test_a_median_that_is_not_reached_is_refused(monkeypatch):
 def test_options_are_tried_before_anything_is_read(method, words):
     with pytest.raises(ValueError, match=words):
         try_out(method, 9)
+
+
+@pytest.mark.parametrize("M", [1, 2, 5, 8])
+def test_a_lower_median_is_torchs(M):
+    points = cloud(M, 40).float()
+    points[:, 0] = torch.inf
+    finish = finish_of(AggregateMethod(rule="lower-median"))
+    assert torch.equal(finish(points[None])[0], points.median(0).values)

@@ -51,6 +51,16 @@ def test_krum_and_its_kin(points, f):
     assert_close(aggregate(points, partial(rules.krum, f=f, neighbours=N - f - 1)), points[wider.index(min(wider))])
 
 
+@given(clouds, st.integers(0, 3))
+def test_trimming_by_distances_keeps_the_middle(points, f):
+    sums = distances(points).square().sum(1).tolist()
+    middle = sorted(sums)[(len(sums) - 1) // 2]
+    kept = sorted(range(len(sums)), key=lambda i: abs(sums[i] - middle))[: len(sums) - 2 * f]
+    assert_close(aggregate(points, partial(rules.distance_trimmed_mean, f=f)), points[kept].mean(0))
+    if f == 0:
+        assert_close(aggregate(points, partial(rules.distance_trimmed_mean, f=f)), points.mean(0))
+
+
 @given(clouds)
 def test_bulyan_selects_by_krum_over_and_over(points):
     left, selected, f = list(range(len(points))), [], 1

@@ -52,6 +52,7 @@ def by_coordinate(points, method):
     return torch.from_numpy(
         {
             "coordinate-median": lambda: median,
+            "lower-median": lambda: ordered[(M - 1) // 2],
             "trimmed-mean": lambda: trimmed,
             "mean-around-median": lambda: nearest(median, VALUES["f"]),
             "bulyan": lambda: nearest(median, 2 * VALUES["f"]),
