@@ -66,7 +66,7 @@ def aggregate_updates(
         if wanted != (value is not None):
             raise ValueError(f"{method.rule} {'needs' if wanted else 'takes no'} {name}")
     points = updates if root is None else torch.cat([root[None], updates])
-    method = _of_round(method, round, left_out, weights)
+    method = of_round(method, round, left_out, weights)
     method.check(len(points))
     gram = centred_gram((points if history is None else history)[None])[0]
     decision, finish = decide(method, gram, resolution=2.0**-52), finish_of(method)
@@ -79,7 +79,13 @@ def aggregate_updates(
     return Outcome(update, None if a is None else a[-len(updates) :], decision.gap, distances, outliers(distances))
 
 
-def _of_round(method: AggregateMethod, round: int, left_out: int, weights: Sequence[float] | None) -> AggregateMethod:
+def of_round(
+    method: AggregateMethod, round: int, left_out: int = 0, weights: Sequence[float] | None = None
+) -> AggregateMethod:
+    """The method as it is in one round: buckets drawn anew, those left out counted among the f, weights [N] of its own.
+
+    Raises ValueError for a rule that takes no weights.
+    """
     if method.f is not None:
         method = replace(method, f=max(0, method.f - left_out))
     if "bucketing" in method.pre:

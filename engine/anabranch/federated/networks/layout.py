@@ -75,11 +75,12 @@ class Layout:
         self.head = tuple(trained)[-2:]
         self.shapes = {name: tuple(shape) for name, shape in (*trained.items(), *(statistics or {}).items())}
         self.tensors_trained, self.trained = len(trained), sum(map(prod, trained.values()))
-        self.size = sum(map(prod, self.shapes.values()))
+        self.sizes = [prod(shape) for shape in self.shapes.values()]
+        self.size = sum(self.sizes)
 
     def views(self, rows: Tensor) -> dict[str, Tensor]:
         """[N, *shape] of each tensor of rows [N, D]. One split, so that the gradient is put together once."""
-        parts = rows.split([prod(shape) for shape in self.shapes.values()], 1)
+        parts = rows.split(self.sizes, 1)
         return {
             name: part.unflatten(1, shape) if len(shape) > 1 else part
             for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
