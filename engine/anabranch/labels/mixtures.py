@@ -1,4 +1,4 @@
-"""Which labels are clean, from a mixture of two normal distributions of the losses. arXiv 2002.07394
+"""Which labels are clean, from a mixture of two normal distributions of the losses. arXiv 1904.11238, 2002.07394
 
 Losses are scaled to [0, 1]; the component with the smaller mean is taken to be that of the clean labels. The mixture is
 scikit-learn's, with DivideMix's settings: 100 steps at most, tolerance 0.01, 0.0005 added to the variances.
