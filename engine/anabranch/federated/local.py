@@ -82,11 +82,8 @@ def step(rows: Tensor, velocity: Tensor, slopes: list[Tensor], visit: Visit, bat
     if not all_live:
         stopped = ~batch.live.repeat(len(rows) // len(batch.live))
         before = rows[stopped], velocity[stopped]
-    if len(slopes) > 1:
-        weights, velocities = (list(layout.views(x).values())[: len(slopes)] for x in (rows, velocity))
-    else:
-        weights, velocities = [rows[:, :trained]], [velocity[:, :trained]]
-    moments: list[Tensor | None] = [*velocities]  # as torch declares them
+    weights = layout.cut(rows, len(slopes))
+    moments: list[Tensor | None] = [*layout.cut(velocity, len(slopes))]  # as torch declares them
     sgd(
         weights, slopes, moments, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay,
         dampening=0.0, nesterov=False, maximize=False, fused=True,

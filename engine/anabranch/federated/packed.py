@@ -86,6 +86,11 @@ def subset(data: Packed, chosen: Tensor) -> Packed:
     return Packed(data.source, data.owned.gather(1, index), data.y.gather(1, index), counts)
 
 
+def with_samples(data: Packed, x: Tensor) -> Packed:
+    """The same clients with other samples x [N, n, ...] in the places of theirs, such as their features."""
+    return data._replace(source=x.flatten(0, 1), owned=torch.arange(data.y.numel()).view_as(data.y))
+
+
 def epoch(data: Packed, streams: Streams, number: int, *, size: int, drop_last: bool) -> Iterator[Batch]:
     """The batches of one epoch, each sample once, in an order of the client's own.
 

@@ -20,11 +20,10 @@ from anabranch.federated.method import FedAvg, Replies, Tensors, Visit
 from anabranch.federated.networks.layout import Network
 from anabranch.federated.packed import Packed, pack
 from anabranch.federated.schedule import Schedule
-from anabranch.federated.streams import Streams
+from anabranch.federated.streams import NOBODY, Streams
 
 T = TypeVar("T")
 R = TypeVar("R")
-NOBODY = (1 << 32) - 1  # the server draws cohorts as if it were this client
 BACKWARD = 3  # a pass there and back costs about three passes there
 
 

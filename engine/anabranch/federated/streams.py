@@ -18,6 +18,7 @@ Words = NDArray[np.uint64]
 MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 ROUNDS, HALF, MASK = 10, np.uint64(32), np.uint64(0xFFFFFFFF)
+NOBODY = (1 << 32) - 1  # draws what is no client's, such as a round's cohort
 HALVES = 2.0**-24  # float32 has as many numbers in [0, 1), all equally far apart
 
 

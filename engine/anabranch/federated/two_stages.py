@@ -22,8 +22,6 @@ from anabranch.federated.noisy_clients import COVARIANCES, noisy_clients, scaled
 from anabranch.federated.packed import Batch, Packed
 from anabranch.labels.logit_adjustment import class_counts, log_prior
 
-AT_ONCE = 256  # samples of a client in one pass without gradients
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TwoStages(FedAvg):
@@ -76,7 +74,7 @@ class TwoStages(FedAvg):
     def answer(self, visit: Visit) -> dict[str, Tensor]:
         """losses [N, C] float32, zero for a class without samples, and counts [N, C] int64."""
         y, real, C = visit.data.y, visit.data.real, visit.network.classes
-        each = cross_entropy(logits_of_all(visit, visit.received), y) * real
+        each = cross_entropy(visit.review(visit.received)[0], y) * real
         counts = class_counts(y, real, C)
         sums = torch.zeros(len(y), C, dtype=torch.float64).scatter_add_(1, y, each.double())
         return {"losses": (sums / counts.clamp_min(1)).float(), "counts": counts}
@@ -85,10 +83,3 @@ class TwoStages(FedAvg):
         rows = scaled(answers["losses"], answers["counts"])
         noisy = noisy_clients(rows, covariance=self.covariance, added=self.added, separated=self.separated)
         return {**server, "noisy": noisy}
-
-
-def logits_of_all(visit: Visit, rows: Tensor) -> Tensor:
-    """What one network for each client says of all its samples, in evaluation: rows [N, D] -> [N, n, C]."""
-    with torch.no_grad():
-        parts = [visit.see(rows, x, training=False).logits for x in visit.data.x.split(AT_ONCE, 1)]
-    return torch.cat(parts, 1)

@@ -97,8 +97,8 @@ def test_one_at_a_time_or_all_together(monkeypatch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Uphill(FedAvg):
-    def slope(self, visit, rows, slope):
-        return -slope
+    def slope(self, visit, rows, slopes):
+        return [-slope for slope in slopes]
 
 
 def test_a_method_may_turn_the_slope():

@@ -38,7 +38,7 @@ def after(federation, rounds):
 
 
 def test_clients_answer_with_a_loss_and_a_count_for_each_class(monkeypatch):
-    monkeypatch.setattr("anabranch.federated.two_stages.AT_ONCE", 16)  # several passes
+    monkeypatch.setattr("anabranch.federated.method.PIECE", 16)  # several passes
     f = federation(TwoStages())
     answers = survey(f, threads=1)
     assert {name: list(answer.shape) for name, answer in answers.items()} == {"losses": [6, 3], "counts": [6, 3]}

@@ -9,6 +9,7 @@ Shared          federated/local.py takes the steps.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from anabranch.federated.method import FedAvg, Visit
@@ -26,6 +27,7 @@ class Clipping(FedAvg):
         if not self.limit > 0:
             raise ValueError(f"limit must be positive, got {self.limit}")
 
-    def slope(self, visit: Visit, rows: Tensor, slope: Tensor) -> Tensor:
-        norm = slope[:, : visit.network.layout.trained].norm(dim=1, keepdim=True)
-        return slope.mul_((self.limit / (norm + EPS)).clamp_max(1))
+    def slope(self, visit: Visit, rows: Tensor, slopes: list[Tensor]) -> list[Tensor]:
+        norm = torch.stack([slope.flatten(1).square().sum(1) for slope in slopes]).sum(0).sqrt()
+        scale = (self.limit / (norm + EPS)).clamp_max(1)
+        return [slope * scale.view(-1, *[1] * (slope.ndim - 1)) for slope in slopes]

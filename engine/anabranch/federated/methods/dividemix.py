@@ -31,7 +31,7 @@ from anabranch.federated.augment import augment
 from anabranch.federated.method import FedAvg, Visit, cross_entropy
 from anabranch.federated.methods.coteaching import peers
 from anabranch.federated.packed import Batch
-from anabranch.federated.streams import MASK, Purpose
+from anabranch.federated.streams import Purpose
 from anabranch.labels.mixtures import clean_posteriors
 from anabranch.labels.selection import mean_of
 
@@ -110,7 +110,7 @@ class DivideMix(FedAvg):
         draws = streams.uniform(2 * (2 * self.beta - 1), Purpose.METHOD, batch.number).view(-1, 2, 2 * self.beta - 1)
         l = draws.sort(2).values[..., self.beta - 1].T.reshape(-1, 1)  # the middle of 2 b - 1 numbers is Beta(b, b)
         words = streams.words(4 * B, Purpose.MIX, batch.number).view(-1, 2 * B, 2).permute(2, 0, 1).flatten(0, 1)
-        partner = words.masked_fill(~real, MASK + 1).argsort(dim=1, stable=True)
+        partner = words.masked_fill(~real, 1 << 32).argsort(dim=1, stable=True)
         return torch.maximum(l, 1 - l), partner
 
 

@@ -149,8 +149,8 @@ def means_of_groups(data: Packed, size: int, network: Network, order: Tensor) ->
 
     Raises ValueError for samples that have no mean, such as words.
     """
-    if not data.x.is_floating_point():
-        raise ValueError(f"FedCFA sends means of samples, which {data.x.dtype} samples do not have")
+    if not data.source.is_floating_point():
+        raise ValueError(f"FedCFA sends means of samples, which {data.source.dtype} samples do not have")
     N, n = data.y.shape
     G = -(-n // size)
     real = torch.arange(n) < data.counts[:, None]
@@ -158,7 +158,7 @@ def means_of_groups(data: Packed, size: int, network: Network, order: Tensor) ->
     place, mine = who * G + group, order[real]
     sizes = torch.bincount(place, minlength=N * G)
     y = torch.nn.functional.one_hot(data.y[who, mine], network.classes).float()
-    sums = {"mean_x": data.x[who, mine], "mean_y": y}
+    sums = {"mean_x": data.source[data.owned[who, mine]], "mean_y": y}
     means = {}
     for name, values in sums.items():
         total = values.new_zeros(N * G, *values.shape[1:]).index_add_(0, place, values)

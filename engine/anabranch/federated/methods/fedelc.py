@@ -27,7 +27,7 @@ from anabranch.federated.distance_aware import distance_aware
 from anabranch.federated.method import Replies, Tensors, Visit, batch_mean, cross_entropy
 from anabranch.federated.networks.layout import Network
 from anabranch.federated.packed import Batch, Packed
-from anabranch.federated.two_stages import TwoStages, logits_of_all
+from anabranch.federated.two_stages import TwoStages
 from anabranch.labels.learned import first_labels, merged, slopes
 
 
@@ -86,7 +86,7 @@ class FedELC(TwoStages):
         learns = self.learns(visit)
         if self.merge and bool(learns.any()):
             labels = visit.kept["labels"]
-            new = merged(labels, logits_of_all(visit, rows), self.certainty)
+            new = merged(labels, visit.review(rows)[0], self.certainty)
             visit.kept["labels"] = torch.where(learns[:, None, None], new, labels)
         return rows
 

@@ -29,12 +29,13 @@ class FedProx(FedAvg):
         if not self.mu >= 0:
             raise ValueError(f"mu must not be negative, got {self.mu}")
 
-    def slope(self, visit: Visit, rows: Tensor, slope: Tensor) -> Tensor:
-        apart = rows - visit.received
-        if self.squared:
-            return slope.add_(apart, alpha=self.mu)
-        directions = [
-            part.flatten(1) / part.flatten(1).norm(dim=1, keepdim=True).clamp_min(torch.finfo(part.dtype).tiny)
-            for part in visit.network.layout.views(apart).values()
-        ]
-        return slope.add_(torch.cat(directions, 1), alpha=self.mu / 2)
+    def slope(self, visit: Visit, rows: Tensor, slopes: list[Tensor]) -> list[Tensor]:
+        layout = visit.network.layout
+        apart, pull = rows - visit.received, self.mu
+        if not self.squared:
+            directions = [
+                part.flatten(1) / part.flatten(1).norm(dim=1, keepdim=True).clamp_min(torch.finfo(part.dtype).tiny)
+                for part in layout.views(apart).values()
+            ]
+            apart, pull = torch.cat(directions, 1), self.mu / 2
+        return [slope.add(part, alpha=pull) for slope, part in zip(slopes, layout.cut(apart, len(slopes)), strict=True)]

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from anabranch.federated.method import FedAvg, Replies, Tensors, Visit, cross_entropy
 from anabranch.federated.networks.layout import Network
-from anabranch.federated.packed import Batch, Packed, epoch, subset
-from anabranch.federated.streams import MASK, Purpose, Streams
+from anabranch.federated.packed import Batch, Packed, epoch, subset, with_samples
+from anabranch.federated.streams import NOBODY, Purpose, Streams
 from anabranch.labels.mixtures import clean_posteriors
 
 UNKNOWN = 0.5  # expertise of a client before its first visit
@@ -91,7 +91,7 @@ class FedRN(FedAvg):
     def reply(self, visit: Visit, rows: Tensor) -> dict[str, Tensor]:
         data = visit.data
         right = (visit.review(rows)[0].argmax(-1) == data.y) & data.real
-        noise = noise_sample(data.x[0, 0], visit.schedule.seed)
+        noise = noise_sample(data.source[data.owned[0, 0]], visit.schedule.seed)
         with torch.no_grad():
             said = visit.see(rows, noise.expand(len(rows), 1, *noise.shape), training=False).logits[:, 0]
         return {"expertise": right.sum(1) / data.counts, "noise": said}
@@ -110,7 +110,7 @@ class FedRN(FedAvg):
         weight, bias = (layout.views(rows)[name] for name in layout.head)
         head = torch.cat([weight, bias[:, None]], 1)
         velocity = torch.zeros_like(head)
-        chosen = subset(visit.data._replace(x=features), clean)
+        chosen = subset(with_samples(visit.data, features), clean)
         # an order of its own: training has `epochs` of them
         for batch in epoch(chosen, visit.streams, schedule.epochs, size=schedule.batch, drop_last=schedule.drop_last):
             velocity = schedule.momentum * velocity + slope_of_head(head, batch) + schedule.weight_decay * head
@@ -160,4 +160,4 @@ def noise_sample(like: Tensor, seed: int) -> Tensor:
     """One and the same sample for all clients of a federation, of the shape and dtype of another."""
     if not like.is_floating_point():
         return F.one_hot(torch.zeros((), dtype=torch.int64), like.numel()).view_as(like)
-    return Streams(seed, torch.tensor([MASK]), 0).normal(like.numel(), Purpose.METHOD)[0].view_as(like)
+    return Streams(seed, torch.tensor([NOBODY]), 0).normal(like.numel(), Purpose.METHOD)[0].view_as(like)

@@ -86,6 +86,10 @@ class Layout:
             for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
         }
 
+    def cut(self, rows: Tensor, parts: int) -> list[Tensor]:
+        """What is trained of rows [N, D]: as one tensor, if that is all the `parts`, or each tensor for itself."""
+        return [rows[:, : self.trained]] if parts == 1 else list(self.views(rows).values())[: self.tensors_trained]
+
 
 def uniform(shape: Sequence[int], inputs: int, generator: torch.Generator) -> Tensor:
     """As torch.nn draws weights of linear and convolutional layers: within 1 / sqrt(inputs)."""

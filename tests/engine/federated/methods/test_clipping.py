@@ -1,7 +1,5 @@
 """Gradients cut as torch.nn.utils cuts them, client by client."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -20,7 +18,10 @@ def test_torch_cuts_likewise(limit):
         leaf = torch.nn.Parameter(torch.zeros_like(row))
         leaf.grad = row  # is cut in place
         torch.nn.utils.clip_grad_norm_([leaf], limit)
-    torch.testing.assert_close(Clipping(limit=limit).slope(SimpleNamespace(network=network), slope, slope), expected)
+    whole, *parts = (network.layout.cut(x, count) for x, count in ((slope, 1), (slope, 9), (expected, 9)))
+    (cut,) = Clipping(limit=limit).slope(None, slope, whole)
+    torch.testing.assert_close(cut, expected)
+    torch.testing.assert_close(Clipping(limit=limit).slope(None, slope, parts[0]), parts[1])  # tensor by tensor
 
 
 def test_a_limit_that_nothing_reaches_is_fedavg(trained):
