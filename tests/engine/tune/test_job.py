@@ -120,7 +120,7 @@ def test_two_processes_do_what_one_does_with_twice_the_passes(settings, method, 
         "--orthogonality", "0.1", "--no-progress", "--json",
     ]  # fmt: skip
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
