@@ -65,7 +65,8 @@ def rank_lora_backward(
         return reference.rank_lora_backward(
             grad, x, a, b, router, bias, places, scales, adapter_of, picked, gates, h, rows, ranks
         )
-    found = [torch.zeros(t.shape) for t in (x, a, b, router)]
+    found = [torch.zeros(t.shape) for t in (a, b, router)]
+    whole: Tensor | None = None  # the gradient of x: of a single adapter as it comes, else gathered
     for index, ((first, ranks, row, rows, chosen, gate), scale) in enumerate(
         zip(places.tolist(), scales.tolist(), strict=True)
     ):
@@ -82,11 +83,15 @@ def rank_lora_backward(
                 dy, X, picked[mine, :chosen], gates[mine, :chosen], hidden, A, B, W, bias[row : row + rows], gate,
                 scale, isa,
             )  # fmt: skip
-            found[3][row : row + rows] += dW
-        found[0][tokens] = dx
-        found[1][first : first + ranks] += dA
-        found[2][first : first + ranks] += dB
-    dx, da, db, drouter = (g.to(x.dtype) for g in found)
+            found[2][row : row + rows] += dW
+        if len(tokens) == len(x):
+            whole = dx
+        else:
+            whole = torch.zeros(x.shape) if whole is None else whole
+            whole[tokens] = dx
+        found[0][first : first + ranks] += dA
+        found[1][first : first + ranks] += dB
+    dx, da, db, drouter = (g.to(x.dtype) for g in (torch.zeros(x.shape) if whole is None else whole, *found))
     return dx, da, db, drouter
 
 
