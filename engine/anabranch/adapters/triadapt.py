@@ -241,11 +241,8 @@ class Growth:
         s = self.settings
         if step <= s.warmup or (step - s.warmup) % s.interval or self.total >= self.budget:
             return []
-        layers = self.layers.values()
-        levels = torch.stack([layer.importance() for layer in layers])
-        rise = levels - torch.stack([layer.seen for layer in layers])
-        by_name = dict(zip(self.layers, rise.tolist(), strict=True))  # one wait for the device
-        order = sorted(by_name, key=lambda name: -by_name[name])  # stable: ties go to the earlier layer
+        rise = dict(zip(self.layers, self.rise().tolist(), strict=True))  # one wait for the device
+        order = sorted(rise, key=lambda name: -rise[name])  # stable: ties go to the earlier layer
         grown = []
         for name in order[: self.wanted(step)]:
             layer = self.layers[name]
@@ -254,9 +251,16 @@ class Growth:
                 continue
             layer.grow(ranks)
             grown.append(name)
-        for layer, level in zip(layers, levels, strict=True):
-            layer.seen.copy_(level)
         return grown
+
+    def rise(self) -> Tensor:
+        """[layers] by how much the importance of each rose since it was asked for last."""
+        levels = torch.stack([layer.importance().double() for layer in self.layers.values()])
+        seen = [layer.seen for layer in self.layers.values()]
+        rise = levels - torch.stack(seen)
+        for before, level in zip(seen, levels, strict=True):
+            before.copy_(level)
+        return rise
 
     def penalty(self) -> Tensor | None:
         """The weighed penalty of all layers' A and B; None without one."""
