@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.adapters.low_rank import low_rank, orthogonality
+from anabranch.adapters.packed import Packed, without_router
 from anabranch_kernels.rank_lora.op import Adapter, table_of
 
 PARTS = ("a", "e", "b")
@@ -124,6 +125,19 @@ class AdaLora(nn.Module):
     def delta(self) -> Tensor:
         """What the branch adds to the weight [outputs, inputs]."""
         return self.scale * self.b.T @ (self.e * self.a)
+
+    @staticmethod
+    def shapes(inputs: int, outputs: int, settings: AdaLoraSettings) -> dict[str, list[int]]:
+        """Of the tensors in its state dict."""
+        r0 = settings.initial
+        trained = {"a": [r0, inputs], "e": [r0, 1], "b": [r0, outputs]}
+        averages = {f"{kind}_{part}": trained[part] for part in PARTS for kind in ("sensitivity", "uncertainty")}
+        return {**trained, "alive": [r0], **averages}
+
+    @torch.no_grad()
+    def packed(self) -> Packed:
+        """As the op reads it, for inference: a plain LoRA of the ranks that live."""
+        return without_router((self.e * self.a)[self.alive], self.b[self.alive], self.scale)
 
     @torch.no_grad()
     def observe(self) -> None:

@@ -1,6 +1,6 @@
 """Adapters put beside the linear layers of a model, whose own weights no longer train."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -19,10 +19,14 @@ Branch = Callable[[str, int, int], Adapter]  # name, inputs, outputs of a linear
 
 
 class Place(NamedTuple):
-    """A linear layer: a module of the model, and which of its outputs if it computes several layers' at once."""
+    """A linear layer: a module of the model, and which of its outputs if it computes several layers' at once.
+
+    weight   [outputs, inputs] of the layer alone
+    """
 
     module: str
     columns: slice | None
+    weight: Tensor
 
 
 class Adapted(nn.Module):
@@ -61,40 +65,52 @@ def attach(model: nn.Module, branch: Branch, *, targets: Sequence[str] = ("*",))
     fuse layers; theirs have the names under which checkpoints publish them (`model.layers.0.self_attn.q_proj`). Raises
     ValueError when a pattern matches none, and for a model that has adapters already; nothing has changed then.
     """
-    if any(isinstance(module, Adapted) for module in model.modules()):
-        raise ValueError("the model has adapters already; detach them first")
-    places = linear_layers(model)
+    places = bare_layers(model)
     unmatched = [target for target in targets if not any(_matches(name, target) for name in places)]
     if unmatched or not targets:
         raise ValueError(f"no linear layer matches {unmatched}; there are {sorted(places)[:20]}")
     adapters = {}
-    for name, (path, columns) in places.items():
+    for name, place in places.items():
         if any(_matches(name, target) for target in targets):
-            outputs, inputs = model.get_parameter(f"{path}.weight").shape
-            adapters[name] = branch(name, inputs, outputs if columns is None else columns.stop - columns.start)
+            outputs, inputs = place.weight.shape
+            adapters[name] = branch(name, inputs, outputs)
+    put(model, places, adapters)
+    return adapters
+
+
+def put(model: nn.Module, places: Mapping[str, Place], adapters: Mapping[str, Adapter]) -> None:
+    """Put adapters beside the layers of their names, in place; all other weights stop training."""
     model.requires_grad_(False)
     for name, adapter in adapters.items():
-        path, columns = places[name]
-        layer = model.get_submodule(path)
+        place = places[name]
+        layer = model.get_submodule(place.module)
         if not isinstance(layer, Adapted):
             layer = Adapted(layer)
-            _replace(model, path, layer)
-        layer.add(adapter, columns)
-    return adapters
+            replace_module(model, place.module, layer)
+        layer.add(adapter, place.columns)
+
+
+def bare_layers(model: nn.Module) -> dict[str, Place]:
+    """All linear layers by name; ValueError for a model that has adapters already."""
+    if any(isinstance(module, Adapted) for module in model.modules()):
+        raise ValueError("the model has adapters already; detach them first")
+    return linear_layers(model)
 
 
 def linear_layers(model: nn.Module) -> dict[str, Place]:
     """All linear layers by name."""
     if isinstance(model, Transformer):
-        return {name: Place(*place) for name, place in projections(model).items()}
-    return {name: Place(name, None) for name, module in model.named_modules() if _is_linear(module)}
+        fused = projections(model).items()
+        return {name: Place(path, rows, model.get_parameter(f"{path}.weight")[rows]) for name, (path, rows) in fused}
+    layers = [(name, module) for name, module in model.named_modules() if _is_linear(module)]
+    return {name: Place(name, None, module.get_parameter("weight")) for name, module in layers}
 
 
 def detach(model: nn.Module) -> None:
     """Take the adapters away again; the layers are the ones there were before."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Adapted):
-            _replace(model, name, module.base)
+            replace_module(model, name, module.base)
 
 
 @torch.no_grad()
@@ -138,6 +154,7 @@ def _matches(name: str, target: str) -> bool:
     return fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module where another one is."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

@@ -4,22 +4,22 @@ Both hold `adapter_config.json` and `adapter_model.safetensors`, with PEFT's nam
 so that either library loads what the other saved.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from anabranch.adapters.adalora import AdaLora, AdaLoraSettings
-from anabranch.adapters.attach import Adapter, attach, linear_layers
+from anabranch.adapters.attach import Adapter, Place, bare_layers, put
 from anabranch.adapters.rank_lora import RankLora, RankLoraSettings
 from anabranch.adapters.triadapt import TriAdapt, TriAdaptSettings
-from anabranch.common.checkpoint import read_json, write_json, write_safetensors
+from anabranch.common.checkpoint import open_safetensors, read_json, write_json, write_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MOST_CONFIG_BYTES = 1 << 20
 PEFT_PREFIX = "base_model.model."
 METHODS: dict[str, tuple[Any, Any]] = {
     "rank_lora": (RankLora, RankLoraSettings), "triadapt": (TriAdapt, TriAdaptSettings),
@@ -28,6 +28,8 @@ PEFT = {
     "task_type": None, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
     "inference_mode": True,
 }  # fmt: skip
+# Endings of the tensors in PEFT's own formats.
+PEFTS = {"lora": ("A.weight", "B.weight"), "adalora": ("A", "B", "E")}
 # AdaLoraSettings' names -> PEFT's.
 ADALORA = {
     "initial": "init_r", "target": "target_r", "warmup": "tinit", "final": "tfinal", "interval": "deltaT",
@@ -75,39 +77,126 @@ def save_adapters(folder: str | Path, adapters: Mapping[str, Adapter], *, base_m
     write_json(out / CONFIG, config)
 
 
+class _Layer(NamedTuple):
+    """One layer's adapter in a file.
+
+    keys   its tensors, by their keys in a state dict -> their names in the file
+    alive  [r0] bool, which of AdaLoRA's ranks the file holds
+    """
+
+    kind: Any
+    settings: Any
+    keys: dict[str, str]
+    alive: Tensor | None = None
+
+
 def load_adapters(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | None = None) -> dict[str, Adapter]:
     """Attach the adapters of a folder to a model; returns them as `attach` does.
 
     dtype   of their weights; that of each layer's own if None
 
+    Raises ValueError as `read_adapters` does, and for a model that has adapters already; nothing has changed then.
+    """
+    places = bare_layers(model)
+    adapters = read_adapters(places, folder, dtype=dtype)
+    put(model, places, adapters)
+    return adapters
+
+
+def read_adapters(
+    places: Mapping[str, Place],
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    most_bytes: int | None = None,
+) -> dict[str, Adapter]:
+    """The adapters of a folder for a model's linear layers (`linear_layers`), beside which they are not put.
+
+    dtype        of their weights; that of each layer's own if None
+    most_bytes   of the file that holds them, if its author is not trusted
+    returns      name -> adapter, in the model's order, on the devices of the layers
+
     Raises ValueError for a folder that is none, methods and options that are not computed here, layers that the model
-    does not have and tensors of other sizes.
+    does not have and tensors of other sizes, all before a tensor is read.
     """
     folder = Path(folder)
+    if (folder / CONFIG).is_file() and (size := (folder / CONFIG).stat().st_size) > MOST_CONFIG_BYTES:
+        raise ValueError(f"{folder / CONFIG} has {size} bytes, allowed {MOST_CONFIG_BYTES}")
     config = read_json(folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} has no {WEIGHTS}; only safetensors are loaded")
-    tensors = load_file(folder / WEIGHTS)
+    if most_bytes is not None and (size := (folder / WEIGHTS).stat().st_size) > most_bytes:
+        raise ValueError(f"{folder / WEIGHTS} has {size} bytes, allowed {most_bytes}")
+    file = open_safetensors(folder / WEIGHTS)
+    shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (not a dict)
     method = str(config.get("peft_type", "")).lower()
-    if method == "lora":
-        return _from_peft(model, config, tensors, dtype)
-    if method == "adalora":
-        return _adalora_from_peft(model, config, tensors, dtype)
-    if method not in METHODS:
-        known = ", ".join(map(str.upper, ("lora", "adalora", *METHODS)))
+    if method not in (*PEFTS, *METHODS):
+        known = ", ".join(map(str.upper, (*PEFTS, *METHODS)))
         raise ValueError(f"{folder / CONFIG}: peft_type must be {known}, got {method!r}")
+    try:
+        layers = _peft_layers(method, config, shapes) if method in PEFTS else _own_layers(method, config, shapes)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / CONFIG} lacks what {method} needs, or has it in another form: {error!r}"
+        ) from error
+    unknown = [name for name in layers if name not in places]
+    if unknown or not layers:
+        raise ValueError(f"{folder} adapts {unknown[:3]}; the model has {sorted(places)[:20]}")
+    for name, layer in layers.items():
+        _check_sizes(name, layer, places[name], shapes)
+    return {name: _read(file, layers[name], place, dtype) for name, place in places.items() if name in layers}
+
+
+def _own_layers(method: str, config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> dict[str, _Layer]:
     kind, settings_of = METHODS[method]
     settings = settings_of(**config["settings"])
+    layers = {name: _Layer(kind, settings, {}) for name in config["target_modules"]}
+    for key in shapes:
+        name, _, part = key.rpartition(".")
+        if name not in layers:
+            raise ValueError(f"tensor {key} belongs to none of the target_modules {list(layers)[:3]}")
+        layers[name].keys[part] = key
+    return layers
 
-    def adapter_of(name: str, inputs: int, outputs: int, weight: Tensor) -> Adapter:
-        adapter: Adapter = kind(inputs, outputs, settings, dtype=dtype or weight.dtype, device=weight.device)
-        return adapter
 
-    adapters = _attach_exactly(model, config["target_modules"], adapter_of)
-    for name, adapter in adapters.items():
-        mine = {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
-        _fill(adapter, mine, name)
-    return adapters
+def _peft_layers(method: str, config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> dict[str, _Layer]:
+    wrong = [key for key in UNSUPPORTED if config.get(key)]
+    if wrong or config.get("bias", "none") != "none":
+        raise ValueError(f"this LoRA uses {wrong or ['bias']}, which is not supported: plain A and B are")
+    parts = PEFTS[method]
+    letters, found = ", ".join(part[0] for part in parts), dict[str, dict[str, str]]()
+    for key, shape in shapes.items():
+        name, _, part = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
+        if not name or part not in parts or len(shape) != 2:
+            raise ValueError(f"tensor {key} {shape} is none of {letters} of a linear layer's LoRA")
+        found.setdefault(name, {})[part[0].lower()] = key
+    for name, keys in found.items():
+        if len(keys) < len(parts):
+            raise ValueError(f"{name} has only {', '.join(sorted(keys)).upper()} of {letters}")
+    if method == "adalora":
+        return _adalora_layers(config, found)
+    layers = {}
+    for name, keys in found.items():
+        r = shapes[keys["a"]][0]
+        alpha = _pattern(config.get("alpha_pattern"), name, float(config["lora_alpha"]))
+        settings = RankLoraSettings(ranks=r, alpha=alpha * r**0.5 if config.get("use_rslora") else alpha)
+        layers[name] = _Layer(RankLora, settings, keys)
+    return layers
+
+
+def _adalora_layers(config: Mapping[str, Any], found: Mapping[str, dict[str, str]]) -> dict[str, _Layer]:
+    """The file holds the triplets that live; `rank_pattern` says which of the initial ranks they are."""
+    missing = [theirs for theirs in ADALORA.values() if config.get(theirs) is None]
+    if missing:
+        raise ValueError(f"{CONFIG} of AdaLoRA has no {', '.join(missing)}")
+    settings = AdaLoraSettings(**{ours: config[theirs] for ours, theirs in ADALORA.items()})
+    patterns, layers = config.get("rank_pattern") or {}, {}
+    for name, keys in found.items():
+        alive = torch.tensor(patterns.get(f"{name}.lora_E", [True] * settings.initial), dtype=torch.bool)
+        if len(alive) != settings.initial:
+            raise ValueError(f"{name}: rank_pattern is of {len(alive)} ranks, init_r is {settings.initial}")
+        layers[name] = _Layer(AdaLora, settings, keys, alive)
+    return layers
 
 
 def _as_peft(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
@@ -122,74 +211,6 @@ def _as_peft(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
     return tensors
 
 
-def _parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], parts: tuple[str, ...]) -> dict[str, Any]:
-    """PEFT's tensors of each layer by the letter, from names that end in `.lora_` and one of `parts`."""
-    wrong = [key for key in UNSUPPORTED if config.get(key)]
-    if wrong or config.get("bias", "none") != "none":
-        raise ValueError(f"this LoRA uses {wrong or ['bias']}, which is not supported: plain A and B are")
-    layers: dict[str, dict[str, Tensor]] = {}
-    letters = ", ".join(part[0] for part in parts)
-    for key, x in tensors.items():
-        name, _, part = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
-        if not name or part not in parts:
-            raise ValueError(f"tensor {key} is none of {letters} of a linear layer's LoRA")
-        layers.setdefault(name, {})[part[0]] = x
-    for name, found in layers.items():
-        if len(found) < len(parts):
-            raise ValueError(f"{name} has only {', '.join(sorted(found))} of {letters}")
-    return layers
-
-
-def _from_peft(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype | None
-) -> dict[str, Adapter]:
-    pairs = _parts(config, tensors, ("A.weight", "B.weight"))
-
-    def adapter_of(name: str, inputs: int, outputs: int, weight: Tensor) -> Adapter:
-        r = len(pairs[name]["A"])
-        alpha = _pattern(config.get("alpha_pattern"), name, float(config["lora_alpha"]))
-        settings = RankLoraSettings(ranks=r, alpha=alpha * r**0.5 if config.get("use_rslora") else alpha)
-        return RankLora(inputs, outputs, settings, dtype=dtype or weight.dtype, device=weight.device)
-
-    adapters = _attach_exactly(model, list(pairs), adapter_of)
-    for name, adapter in adapters.items():
-        pair = {"a": pairs[name]["A"], "b": pairs[name]["B"].T}
-        _fill(adapter, {**adapter.state_dict(), **pair}, name)
-    return adapters
-
-
-def _adalora_from_peft(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype | None
-) -> dict[str, Adapter]:
-    """The file holds the triplets that live; `rank_pattern` says which of the initial ranks they are."""
-    missing = [theirs for theirs in ADALORA.values() if config.get(theirs) is None]
-    if missing:
-        raise ValueError(f"{CONFIG} of AdaLoRA has no {', '.join(missing)}")
-    triplets = _parts(config, tensors, ("A", "B", "E"))
-    settings = AdaLoraSettings(**{ours: config[theirs] for ours, theirs in ADALORA.items()})
-    patterns, alive = config.get("rank_pattern") or {}, dict[str, Tensor]()
-    for name, parts in triplets.items():
-        mask = alive[name] = torch.tensor(patterns.get(f"{name}.lora_E", [True] * settings.initial), dtype=torch.bool)
-        ranks = [len(parts["A"]), len(parts["B"].T), len(parts["E"])]
-        if len(mask) != settings.initial or ranks != [int(mask.sum())] * 3:
-            raise ValueError(
-                f"{name}: {int(mask.sum())} of {len(mask)} ranks live, init_r is {settings.initial}, "
-                f"and A, B, E hold {ranks}"
-            )
-
-    def adapter_of(name: str, inputs: int, outputs: int, weight: Tensor) -> Adapter:
-        return AdaLora(inputs, outputs, settings, dtype=dtype or weight.dtype, device=weight.device)
-
-    adapters = _attach_exactly(model, list(triplets), adapter_of)
-    for name, adapter in adapters.items():
-        whole, parts, mask = adapter.state_dict(), triplets[name], alive[name]
-        for key, x in (("a", parts["A"]), ("b", parts["B"].T), ("e", parts["E"])):
-            whole[key] = x.new_zeros(settings.initial, x.shape[1])
-            whole[key][mask] = x
-        _fill(adapter, {**whole, "alive": mask}, name)
-    return adapters
-
-
 def _pattern(patterns: Mapping[str, float] | None, name: str, otherwise: float) -> float:
     """PEFT's patterns of layers: the whole name or its end."""
     for end, value in (patterns or {}).items():
@@ -198,22 +219,35 @@ def _pattern(patterns: Mapping[str, float] | None, name: str, otherwise: float) 
     return otherwise
 
 
-def _attach_exactly(
-    model: nn.Module, names: list[str], adapter_of: Callable[[str, int, int, Tensor], Adapter]
-) -> dict[str, Adapter]:
-    def branch(name: str, inputs: int, outputs: int) -> Adapter:
-        if name not in names:
-            raise ValueError(f"the folder names {names[:3]} …, which are ends of other layers' names: {name}")
-        return adapter_of(name, inputs, outputs, model.get_parameter(f"{places[name].module}.weight"))
-
-    places = linear_layers(model)
-
-    return attach(model, branch, targets=names)
+def _is_pefts(layer: _Layer) -> bool:
+    """PEFT stores B as [outputs, r], and neither a router nor what only training needs."""
+    return ".lora_B" in layer.keys.get("b", "")
 
 
-def _fill(adapter: Adapter, tensors: Mapping[str, Tensor], name: str) -> None:
-    wanted = {key: list(x.shape) for key, x in adapter.state_dict().items()}
-    found = {key: list(x.shape) for key, x in tensors.items()}
+def _check_sizes(name: str, layer: _Layer, place: Place, shapes: Mapping[str, list[int]]) -> None:
+    outputs, inputs = place.weight.shape
+    wanted = layer.kind.shapes(inputs, outputs, layer.settings)
+    found = {key: shapes[stored] for key, stored in layer.keys.items()}
+    if _is_pefts(layer):
+        found["b"] = found["b"][::-1]
+        ranks = wanted["a"][0] if layer.alive is None else int(layer.alive.sum())
+        wanted = {key: [ranks, wanted[key][1]] for key in found}
     if wanted != found:
         raise ValueError(f"{name} needs tensors {wanted}, the file has {found}")
-    adapter.load_state_dict(dict(tensors))
+
+
+def _read(file: Any, layer: _Layer, place: Place, dtype: torch.dtype | None) -> Adapter:
+    outputs, inputs = place.weight.shape
+    adapter: Adapter = layer.kind(
+        inputs, outputs, layer.settings, dtype=dtype or place.weight.dtype, device=place.weight.device
+    )
+    tensors: dict[str, Tensor] = {key: file.get_tensor(stored) for key, stored in layer.keys.items()}
+    if _is_pefts(layer):
+        tensors["b"] = tensors["b"].T
+    if layer.alive is not None:
+        for key, living in tensors.items():
+            tensors[key] = living.new_zeros(len(layer.alive), living.shape[1])
+            tensors[key][layer.alive] = living
+        tensors["alive"] = layer.alive
+    adapter.load_state_dict({**adapter.state_dict(), **tensors})
+    return adapter

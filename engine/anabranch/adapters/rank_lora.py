@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from anabranch.adapters.packed import Packed
 from anabranch_kernels.rank_lora.op import Adapter, rank_lora, table_of
 
 
@@ -108,6 +109,16 @@ class RankLora(nn.Module):
         if self.training:
             self.counts += routed.counts
         return routed.y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def shapes(inputs: int, outputs: int, settings: RankLoraSettings) -> dict[str, list[int]]:
+        """Of the tensors in its state dict."""
+        r, rows = settings.ranks, settings.place().rows
+        return {"a": [r, inputs], "b": [r, outputs], "router": [rows, inputs], "bias": [rows]}
+
+    def packed(self) -> Packed:
+        """As the op reads it, for inference."""
+        return Packed(self.settings.place(), self.a.detach(), self.b.detach(), self.router.detach(), self.bias)
 
     @torch.no_grad()
     def rebalance(self) -> Tensor:

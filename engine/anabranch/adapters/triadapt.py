@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from anabranch.adapters.low_rank import low_rank, orthogonality
+from anabranch.adapters.packed import Packed, without_router
 from anabranch_kernels.rank_lora.op import Adapter, table_of
 
 MODELS = ("linear", "power", "constant")
@@ -196,6 +197,18 @@ class TriAdapt(nn.Module):
     def pair(self) -> tuple[Tensor, Tensor]:
         """The living rows of A and of B."""
         return self.a[: self.rank], self.b[: self.rank]
+
+    @staticmethod
+    def shapes(inputs: int, outputs: int, settings: TriAdaptSettings) -> dict[str, list[int]]:
+        """Of the tensors in its state dict."""
+        most = settings.most_ranks
+        square, once = [most, most], {"blocks": [most], "seen": list[int]()}
+        return {"a": [most, inputs], "b": [most, outputs], "lower": square, "upper": square, **once}
+
+    @torch.no_grad()
+    def packed(self) -> Packed:
+        """As the op reads it, for inference: with C in A, a plain LoRA of its present rank."""
+        return without_router(*_fold(self.a, self.b, self.lower, self.upper, self._below), self.scale)
 
     @torch.no_grad()
     def importance(self) -> Tensor:

@@ -10,12 +10,13 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from anabranch.adapters.adalora import AdaLora, AdaLoraSettings
-from anabranch.adapters.attach import attach
-from anabranch.adapters.files import load_adapters, save_adapters
+from anabranch.adapters.attach import Adapted, attach, linear_layers
+from anabranch.adapters.files import MOST_CONFIG_BYTES, load_adapters, read_adapters, save_adapters
 from anabranch.adapters.rank_lora import RankLora, RankLoraSettings
 from anabranch.adapters.triadapt import TriAdapt, TriAdaptSettings
 from anabranch.models.transformer import DenseAttend
 from anabranch.models.weights import load_model
+from anabranch_kernels.rank_lora.op import rank_lora, table_of
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -215,3 +216,70 @@ def test_our_own_model_computes_pefts_adapters_as_peft_does(tmp_path):
     save_adapters(tmp_path / "again", load_adapters(load_model(tmp_path / "model"), tmp_path / "adapter"))
     again = peft.PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
     assert (logits(again) - logits(theirs)).abs().max() < 1e-6
+
+
+def saved(folder, kind):
+    make, settings = KINDS[kind]
+    adapted = attach(llama(), lambda name, i, o: make(i, o, settings), targets=["q_proj", "up_proj"])
+    randomise(adapted)
+    save_adapters(folder, adapted)
+    return adapted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_attaches_nothing_and_packs_what_each_layer_computes(tmp_path, kind):
+    adapted, model = saved(tmp_path, kind), llama()
+    before = logits(model)
+    found = read_adapters(linear_layers(model), tmp_path)
+    assert list(found) == list(adapted)
+    assert torch.equal(logits(model), before)
+    assert not any(isinstance(module, Adapted) for module in model.modules())
+    x = torch.randn(5, 16)
+    for name, adapter in found.items():
+        place, *tensors = adapter.packed()
+        with torch.no_grad():
+            y = rank_lora(x, *tensors, table_of([place]), torch.zeros(5, dtype=torch.int32)).y
+            assert torch.equal(y, adapted[name](x))
+        assert {key: list(x.shape) for key, x in adapter.state_dict().items()} == type(adapter).shapes(
+            16, len(y.T), adapter.settings
+        )
+
+
+def rewrite(folder, **tensors):
+    path = folder / "adapter_model.safetensors"
+    save_file({**load_file(path), **tensors}, path)
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "message"),
+    [
+        ("triadapt", lambda f: rewrite(f, **{f"{UP}.lower": torch.zeros(3, 3)}), "needs tensors .*'lower': .16, 16."),
+        ("smora", lambda f: rewrite(f, **{f"{UP}.router": torch.zeros(8, 15)}), "'router': .8, 15."),
+        ("smora", lambda f: rewrite(f, **{f"{UP}.more": torch.zeros(1)}), "the file has .*'more': .1."),
+        ("smora", lambda f: rewrite(f, other=torch.zeros(1)), "tensor other belongs to none"),
+        ("lora", lambda f: rewrite(f, **{f"base_model.model.{UP}.lora_A.weight": torch.zeros(4)}), "is not the A or B"),
+        ("smora", lambda f: break_config(f, settings={"ranks": 8, "what": 1}), "lacks what rank_lora needs"),
+        ("smora", lambda f: break_config(f, settings={"ranks": 10**9, "chosen": 2}), "needs tensors"),
+        ("smora", lambda f: break_config(f, target_modules=3), "lacks what rank_lora needs"),
+        ("lora", lambda f: break_config(f, lora_alpha=None), "lacks what lora needs"),
+        ("lora", lambda f: break_config(f, more="x" * MOST_CONFIG_BYTES), "adapter_config.json has 10..... bytes, all"),
+        ("lora", lambda f: rewrite(f, **{f"base_model.model.x.lora_{h}.weight": torch.zeros(4, 4) for h in "AB"}),
+         "adapts .'x'.; the model has"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_model_is_told_before_it_is_read(tmp_path, kind, spoil, message):
+    saved(tmp_path, kind)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read_adapters(linear_layers(llama()), tmp_path)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    saved(tmp_path, "lora")
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert len(read_adapters(linear_layers(llama()), tmp_path, most_bytes=size)) == 4
+    with pytest.raises(ValueError, match=f"has {size} bytes, allowed {size - 1}"):
+        read_adapters(linear_layers(llama()), tmp_path, most_bytes=size - 1)
