@@ -1,12 +1,14 @@
 """Adapters with routed ranks: properties, the loop of the papers, back-ends against the reference, edges."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from anabranch_kernels.native import extension
 from anabranch_kernels.rank_lora import cpu, reference
-from anabranch_kernels.rank_lora.op import GATES, Adapter, add_rank_lora, rank_lora, table_of
+from anabranch_kernels.rank_lora.op import GATES, Adapter, FusedAdapters, add_rank_lora, rank_lora, table_of
 
 D, O = 24, 20
 ROUTED = GATES[1:]
@@ -311,3 +313,69 @@ def test_the_registration_is_sound(dtype):
     torch.library.opcheck(torch.ops.anabranch.rank_lora_add.default, (y, *arguments, *table[2:]))
     compiled = torch.compile(lambda *t: rank_lora(*t, bias, table, adapter_of).y, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, a, b, router), rank_lora(x, a, b, router, bias, table, adapter_of).y)
+
+
+COLUMNS = [(0, 0, O), (1, O, O + 7), (2, O + 7, O + 20)]
+
+
+def fused(dtype, parts=COLUMNS):
+    """Three layers of one input, with a plain and a routed adapter; the routed one has nothing in the second."""
+    w = [weights(12, 12, dtype=dtype, seed=seed) for seed in range(3)]
+    plain = Adapter(first_rank=0, ranks=4, scale=0.5)
+    routed = Adapter(first_rank=4, ranks=6, first_row=4, rows=6, chosen=2, gate=GATES[3], scale=1.5)
+    tables = [table_of([plain, other]) for other in (routed, Adapter(first_rank=0, ranks=0), routed)]
+    columns = [b[:, : end - begin] for (_, b, *_), (_, begin, end) in zip(w, COLUMNS, strict=True)]
+    a, router, bias = (torch.stack([layer[part] for layer in w]) for part in (0, 2, 3))
+    return w, tables, FusedAdapters(
+        a=a, b=torch.cat(columns, 1), router=router, bias=bias,
+        places=torch.stack([table.places for table in tables]), scales=torch.stack([table.scales for table in tables]),
+        parts=tuple(number for part in parts for number in part), sizes=(2, 4, 6, 6),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parts", [COLUMNS, COLUMNS[1:], []], ids=len)
+def test_fused_layers_are_each_layer_in_turn(dtype, parts):
+    w, tables, adapters = fused(dtype, parts)
+    x, of = tokens(9, dtype=dtype), torch.tensor([0, 1, -1, 0, 1, 1, -1, 0, 1], dtype=torch.int32)
+    y = torch.randn(9, O + 20, generator=torch.Generator().manual_seed(2)).to(dtype)
+    want = y.clone()
+    for p, begin, end in parts:
+        a, b, router, bias = w[p]
+        add_rank_lora(want[:, begin:end], x, a, b[:, : end - begin], router, bias, tables[p], of)
+    for strided in (x, tokens(18, dtype=dtype)[::2].copy_(x), x.T.contiguous().T):
+        got = y.clone()
+        adapters.add_to(got, strided, of)
+        assert torch.equal(got, want)
+    columns = y.T.contiguous().T
+    adapters.add_to(columns, x, of)  # for the reference: float64 inside
+    tolerance = TOLERANCE.get(dtype, 1e-12)
+    assert_close(columns, want, rtol=tolerance, atol=tolerance)
+
+
+def test_fused_layers_that_do_not_fit_are_refused():
+    _, _, adapters = fused(torch.float32)
+    for change, message in (
+        ({"a": adapters.a[0]}, "a must be .P, R, D."),
+        ({"b": adapters.b[:5]}, "b must be .12, 40."),
+        ({"bias": adapters.bias.double()}, "bias must be .3, 12. torch.float32"),
+        ({"router": adapters.router.mT.contiguous().mT}, "contiguous"),
+        ({"parts": (0, 0)}, "parts must be"),
+        ({"parts": (3, 0, 5)}, "parts must be"),
+        ({"parts": (0, 0, 41)}, "parts must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(adapters, **change)
+    x, y, of = tokens(3, dtype=torch.float32), torch.zeros(3, 40), one(3)
+    for wrong in ((y, x[:2], of), (y[:, :39], x, of), (y, x, of.long()), (y.double(), x, of), (y, x, one(2))):
+        with pytest.raises(ValueError, match=r"x must be \[T, 24\], y \[T, 40\], both torch.float32"):
+            adapters.add_to(*wrong)
+    with pytest.raises(ValueError, match="token 0 has adapter 2 of 2"):
+        adapters.add_to(y, x, one(3) + 2)
+
+
+def test_the_registration_of_fused_layers_is_sound():
+    _, _, f = fused(torch.float32)
+    arguments = (f.a, f.b, f.router, f.bias, f.places, f.scales, one(3), list(f.parts), *f.sizes)
+    op = torch.ops.anabranch.rank_lora_add_fused.default
+    torch.library.opcheck(op, (torch.zeros(3, 40), tokens(3, dtype=torch.float32), *arguments))

@@ -43,6 +43,31 @@ def add_rank_lora(
         _call(y, None, x, a, b, router, bias, places, scales, adapter_of, chosen, active, isa)
 
 
+def add_fused_rank_lora(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, places: Tensor, scales: Tensor,
+    adapter_of: Tensor, parts: list[int], chosen: int, active: int, rows: int, ranks: int, isa: str = ISA,
+) -> None:  # fmt: skip
+    """One call of the extension for each part, all from pointers: a small model's step would else be mostly Python."""
+    if x.dtype == torch.float64 or y.stride(1) != 1:
+        reference.add_fused_rank_lora(
+            y, x, a, b, router, bias, places, scales, adapter_of, parts, chosen, active, rows, ranks
+        )
+        return
+    x, adapter_of = dense_rows(x), adapter_of.contiguous()
+    (_, R, D), G, A, O = a.shape, bias.shape[1], scales.shape[1], b.shape[1]
+    size, kind, y_row, tokens = a.itemsize, TYPES[a.dtype], y.stride(0), _rows(x)
+    a_at, b_at, router_at, bias_at = a.data_ptr(), b.data_ptr(), router.data_ptr(), bias.data_ptr()
+    places_at, scales_at, of_at, y_at = places.data_ptr(), scales.data_ptr(), adapter_of.data_ptr(), y.data_ptr()
+    sizes, threads = (len(x), A, R, G, chosen, active), torch.get_num_threads()
+    for at in range(0, len(parts), 3):
+        p, begin, end = parts[at : at + 3]
+        extension.rank_lora(
+            tokens, (a_at + p * R * D * size, kind, D, D), (b_at + begin * size, kind, O, end - begin),
+            (router_at + p * G * D * size, kind, D, D), bias_at + p * G * 4, places_at + p * A * 24,
+            scales_at + p * A * 4, of_at, (y_at + begin * size, y_row, 0, 0, 0, 0), sizes, True, isa, threads,
+        )  # fmt: skip
+
+
 def _call(
     y: Tensor, saved: tuple[int, ...] | None, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor,
     places: Tensor, scales: Tensor, adapter_of: Tensor, chosen: int, active: int, isa: str,

@@ -52,6 +52,18 @@ def add_rank_lora(
         _branch(y, None, x, a, b, router, bias, places, scales, adapter_of, chosen, active, rows, ranks)
 
 
+def add_fused_rank_lora(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, places: Tensor, scales: Tensor,
+    adapter_of: Tensor, parts: list[int], chosen: int, active: int, rows: int, ranks: int,
+) -> None:  # fmt: skip
+    for at in range(0, len(parts), 3):
+        p, begin, end = parts[at : at + 3]
+        add_rank_lora(
+            y[:, begin:end], x, a[p], b[:, begin:end], router[p], bias[p], places[p], scales[p], adapter_of, chosen,
+            active, rows, ranks,
+        )  # fmt: skip
+
+
 @on_its_device
 def rank_lora_backward(
     grad: Tensor, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, places: Tensor, scales: Tensor,

@@ -139,6 +139,15 @@ _add = define(
     fake=lambda *arguments: None,
 )
 
+_add_fused = define(
+    "rank_lora_add_fused(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor router, Tensor bias, Tensor places, "
+    "Tensor scales, Tensor adapter_of, int[] parts, int chosen, int active, int rows, int ranks) -> ()",
+    reference=reference.add_fused_rank_lora,
+    cpu=cpu.add_fused_rank_lora,
+    cuda=lambda *arguments: import_module(".gpu", __package__).add_fused_rank_lora(*arguments),
+    fake=lambda *arguments: None,
+)
+
 _backward = define(
     "rank_lora_backward(Tensor grad, Tensor x, Tensor a, Tensor b, Tensor router, Tensor bias, Tensor places, "
     "Tensor scales, Tensor adapter_of, Tensor picked, Tensor gates, Tensor h, int rows, int ranks) "
@@ -215,6 +224,83 @@ def add_rank_lora(
     if y.shape != (x.shape[0], b.shape[1]) or y.dtype != x.dtype or y.device != x.device:
         raise ValueError(f"y must be [{x.shape[0]}, {b.shape[1]}] {x.dtype} on {x.device}, got {described(y)}")
     _add(y, x, a, b, router, bias, table.places, table.scales, adapter_of, *table[2:])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FusedAdapters:
+    """Adapters of a matrix product that computes P linear layers of one x at once, as a model stores q, k and v.
+
+    a               [P, R, D]
+    b               [R, O]            columns of B by rank, those of all layers side by side as in the product
+    router          [P, G, D]
+    bias            [P, G] float32
+    places, scales  [P, A, 6], [P, A]  tables of each layer (see Table); an adapter without ranks there says nothing
+    parts           three numbers for each layer that some adapter has: its index, its first column, the one after it
+    sizes           chosen, active, rows and ranks as in Table, over all layers
+
+    All of a, b and router have one dtype and one device and lie row by row. They are checked here, once, so that
+    a call costs little; tables and weights may change in place as long as the sizes hold. ValueError for what does not
+    fit.
+    """
+
+    a: Tensor
+    b: Tensor
+    router: Tensor
+    bias: Tensor
+    places: Tensor
+    scales: Tensor
+    parts: tuple[int, ...]
+    sizes: tuple[int, int, int, int]
+
+    def __post_init__(self) -> None:
+        if self.a.ndim != 3 or self.a.dtype not in DTYPES:
+            raise ValueError(f"a must be [P, R, D] in one of {list(DTYPES)}, got {described(self.a)}")
+        P, R, D = self.a.shape
+        G, A, O = self.router.shape[1], self.places.shape[1], self.b.shape[-1]
+        for name, shape, dtype in (
+            ("a", (P, R, D), self.a.dtype),
+            ("b", (R, O), self.a.dtype),
+            ("router", (P, G, D), self.a.dtype),
+            ("bias", (P, G), torch.float32),
+            ("places", (P, A, 6), torch.int32),
+            ("scales", (P, A), torch.float32),
+        ):
+            tensor: Tensor = getattr(self, name)
+            fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == self.a.device
+            if not fits or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name} must be {list(shape)} {dtype} on {self.a.device}, contiguous, got {described(tensor)}"
+                )
+        wrong = len(self.parts) % 3 or [
+            part for part in _triples(self.parts) if not (0 <= part[0] < P and 0 <= part[1] < part[2] <= O)
+        ]
+        if wrong:
+            raise ValueError(f"parts must be (index below {P}, columns within {O}) one after another, got {self.parts}")
+
+    def add_to(self, y: Tensor, x: Tensor, adapter_of: Tensor) -> None:
+        """Add what the adapters say of x [T, D] to the product's output y [T, O], in place; no gradient.
+
+        adapter_of  [T] int32      of each token; -1 for none
+
+        The same as `add_rank_lora` for each layer in turn. Raises ValueError for what does not fit.
+        """
+        T = len(x)
+        if (
+            x.shape != (T, self.a.shape[2]) or y.shape != (T, self.b.shape[1]) or adapter_of.shape != (T,)
+            or not x.dtype == y.dtype == self.a.dtype or adapter_of.dtype != torch.int32
+            or not x.device == y.device == adapter_of.device == self.a.device
+        ):  # fmt: skip
+            raise ValueError(
+                f"x must be [T, {self.a.shape[2]}], y [T, {self.b.shape[1]}], both {self.a.dtype}, and adapter_of "
+                f"[T] int32, on {self.a.device}; got {described(x)}, {described(y)}, {described(adapter_of)}"
+            )
+        _add_fused(
+            y, x, self.a, self.b, self.router, self.bias, self.places, self.scales, adapter_of, self.parts, *self.sizes
+        )
+
+
+def _triples(parts: Sequence[int]) -> list[Sequence[int]]:
+    return [parts[at : at + 3] for at in range(0, len(parts), 3)]
 
 
 def _check(x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, table: Table, adapter_of: Tensor) -> None:

@@ -63,6 +63,17 @@ def add_rank_lora(y: Tensor, x: Tensor, *arguments: Any) -> None:
     y += rank_lora_forward(x, *arguments)[0]
 
 
+def add_fused_rank_lora(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, places: Tensor, scales: Tensor,
+    adapter_of: Tensor, parts: list[int], *sizes: int,
+) -> None:  # fmt: skip
+    for at in range(0, len(parts), 3):
+        p, begin, end = parts[at : at + 3]
+        add_rank_lora(
+            y[:, begin:end], x, a[p], b[:, begin:end], router[p], bias[p], places[p], scales[p], adapter_of, *sizes
+        )
+
+
 def rank_lora_backward(
     grad: Tensor, x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, places: Tensor, scales: Tensor,
     adapter_of: Tensor, picked: Tensor, gates: Tensor, h: Tensor, rows: int, ranks: int,
