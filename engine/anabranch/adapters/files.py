@@ -108,13 +108,14 @@ def read_adapters(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
     most_bytes: int | None = None,
 ) -> dict[str, Adapter]:
     """The adapters of a folder for a model's linear layers (`linear_layers`), beside which they are not put.
 
-    dtype        of their weights; that of each layer's own if None
-    most_bytes   of the file that holds them, if its author is not trusted
-    returns      name -> adapter, in the model's order, on the devices of the layers
+    dtype, device  of their weights; those of each layer's own if None
+    most_bytes     of the file that holds them, if its author is not trusted
+    returns        name -> adapter, in the model's order
 
     Raises ValueError for a folder that is none, methods and options that are not computed here, layers that the model
     does not have and tensors of other sizes, all before a tensor is read.
@@ -144,7 +145,7 @@ def read_adapters(
         raise ValueError(f"{folder} adapts {unknown[:3]}; the model has {sorted(places)[:20]}")
     for name, layer in layers.items():
         _check_sizes(name, layer, places[name], shapes)
-    return {name: _read(file, layers[name], place, dtype) for name, place in places.items() if name in layers}
+    return {name: _read(file, layers[name], place, dtype, device) for name, place in places.items() if name in layers}
 
 
 def _own_layers(method: str, config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> dict[str, _Layer]:
@@ -236,10 +237,13 @@ def _check_sizes(name: str, layer: _Layer, place: Place, shapes: Mapping[str, li
         raise ValueError(f"{name} needs tensors {wanted}, the file has {found}")
 
 
-def _read(file: Any, layer: _Layer, place: Place, dtype: torch.dtype | None) -> Adapter:
-    outputs, inputs = place.weight.shape
+def _read(
+    file: Any, layer: _Layer, place: Place, dtype: torch.dtype | None, device: torch.device | str | None
+) -> Adapter:
+    weight = place.weight
+    outputs, inputs = weight.shape
     adapter: Adapter = layer.kind(
-        inputs, outputs, layer.settings, dtype=dtype or place.weight.dtype, device=place.weight.device
+        inputs, outputs, layer.settings, dtype=dtype or weight.dtype, device=device or weight.device
     )
     tensors: dict[str, Tensor] = {key: file.get_tensor(stored) for key, stored in layer.keys.items()}
     if _is_pefts(layer):

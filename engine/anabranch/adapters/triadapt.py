@@ -208,7 +208,8 @@ class TriAdapt(nn.Module):
     @torch.no_grad()
     def packed(self) -> Packed:
         """As the op reads it, for inference: with C in A, a plain LoRA of its present rank."""
-        return without_router(*_fold(self.a, self.b, self.lower, self.upper, self._below), self.scale)
+        a, b = _fold(self.a, self.b, self.lower, self.upper, self._below)
+        return without_router(a, b.clone(), self.scale)  # without the room to grow
 
     @torch.no_grad()
     def importance(self) -> Tensor:

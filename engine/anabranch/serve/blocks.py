@@ -16,9 +16,13 @@ from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
 
-def root_hash(salt: str = "") -> bytes:
-    """Parent of a sequence's first block. Sequences with different salts never share a block."""
-    return sha256(salt.encode()).digest()
+def root_hash(salt: str = "", adapter: int | None = None) -> bytes:
+    """Parent of a sequence's first block. Sequences with different salts or adapters never share a block.
+
+    adapter   its number: keys and values depend on it
+    """
+    prefix = b"" if adapter is None else b"\xff" + adapter.to_bytes(8, "little")  # no salt in UTF-8 has a byte 255
+    return sha256(prefix + salt.encode()).digest()
 
 
 def block_hash(parent: bytes, tokens: Sequence[int]) -> bytes:

@@ -10,14 +10,21 @@ layer stores all keys and values before it attends, so sequences admitted in the
 That is how the samples of one prompt share its blocks from the first step on. If a step fails, `discard` takes the
 registrations back.
 
+A sequence that needs an adapter is admitted when its adapter has, or gets, a place on the device (slots.py). Until then
+it waits at the head of the queue, and all others behind it.
+
 A function of queues: no tensors, no clock, no randomness.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
+from anabranch.serve.adapters.slots import AdapterSlots, Load
 from anabranch.serve.blocks import BlockPool, block_hash, root_hash
+
+if TYPE_CHECKING:
+    from anabranch.serve.adapters.library import LoadedAdapter
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -27,12 +34,14 @@ class Sequence:
     tokens: list[int]  # prompt, then output
     max_len: int  # it ends at this many tokens at the latest, prompt included
     salt: str = ""  # only sequences with equal salts share blocks
+    adapter: "LoadedAdapter | None" = None
     reuse: bool = True  # start from cached blocks; False computes every token again
     computed: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks, as far as they were needed
     registered: int = 0  # leading blocks that have been offered for sharing
     row: int = -1  # a number below max_num_seqs while running, -1 otherwise
+    slot: int = -1  # of its adapter while running, -1 otherwise
     hit_tokens: int | None = None  # tokens found in the cache when it was first admitted
 
 
@@ -50,6 +59,8 @@ class Step(Generic[S]):
     rows: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)  # of their adapters, -1 for none
+    loads: list[Load] = field(default_factory=list)  # adapters to be put in their places before
     placed: list[tuple[int, int, list[int]]] = field(default_factory=list)  # row, index of the first, new blocks
     registered: list[int] = field(default_factory=list)  # blocks offered for sharing on the promise of this step
 
@@ -60,6 +71,7 @@ class Scheduler(Generic[S]):
     max_num_seqs            sequences that run at once
     max_num_batched_tokens  tokens of one step; at least max_num_seqs, so that every running sequence advances in it
     share_prefixes          find full blocks of earlier sequences again by their tokens
+    adapters                the places for adapters; None: no sequence has one
     """
 
     def __init__(
@@ -70,6 +82,7 @@ class Scheduler(Generic[S]):
         max_num_seqs: int,
         max_num_batched_tokens: int,
         share_prefixes: bool = True,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         if block_size < 1 or max_num_seqs < 1:
             raise ValueError(f"block_size and max_num_seqs must be at least 1, got {block_size} and {max_num_seqs}")
@@ -82,6 +95,7 @@ class Scheduler(Generic[S]):
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.share_prefixes = share_prefixes
+        self.adapters = adapters
         self.waiting: deque[S] = deque()
         self.running: list[S] = []
         self.preemptions = 0
@@ -119,8 +133,11 @@ class Scheduler(Generic[S]):
                 seq.computed = start + count
 
     def discard(self, step: Step[S]) -> None:
-        """The step has failed: nobody may find the blocks it was to fill. The caller finishes its sequences."""
+        """The step has failed, and its sequences are finished: nobody may find what it was to fill and to load."""
         self.pool.forget(step.registered)
+        for load in step.loads:
+            assert self.adapters is not None
+            self.adapters.forget(load.adapter)
 
     def finish(self, seq: S) -> None:
         """Take a sequence out of its queue, whatever its state, and give its blocks back at once."""
@@ -164,7 +181,7 @@ class Scheduler(Generic[S]):
             hits = self._find(seq)
             idle = sum(self.pool.refs[block] == 0 for block in hits)
             need = self._blocks_for(len(seq.tokens)) - len(hits)
-            if need + idle > spare:
+            if need + idle > spare or not self._claim_adapter(seq, step):
                 break
             self.waiting.popleft()
             self.running.append(seq)
@@ -178,6 +195,19 @@ class Scheduler(Generic[S]):
             count = min(len(seq.tokens) - seq.computed, budget)
             self._put(step, seq, count)
             budget -= count
+
+    def _claim_adapter(self, seq: S, step: Step[S]) -> bool:
+        """Pin what a sequence needs to run; False if it has to wait for it."""
+        if seq.adapter is None:
+            return True
+        assert self.adapters is not None
+        claim = self.adapters.claim(seq.adapter)
+        if claim is None:
+            return False
+        seq.slot = claim.slot
+        if claim.load is not None:
+            step.loads.append(claim.load)
+        return True
 
     def _find(self, seq: S) -> list[int]:
         """Known blocks at the start of a sequence, short of its last token, which must be computed for its logits."""
@@ -193,6 +223,7 @@ class Scheduler(Generic[S]):
         step.rows.append(seq.row)
         step.starts.append(seq.computed)
         step.counts.append(count)
+        step.slots.append(seq.slot)
         full = (seq.computed + count) // self.block_size
         if self.share_prefixes and full > seq.registered:
             self._hash(seq, full)
@@ -204,7 +235,8 @@ class Scheduler(Generic[S]):
     def _hash(self, seq: S, full: int) -> None:
         size = self.block_size
         for index in range(len(seq.hashes), full):
-            parent = seq.hashes[-1] if seq.hashes else root_hash(seq.salt)
+            adapter = None if seq.adapter is None else seq.adapter.number
+            parent = seq.hashes[-1] if seq.hashes else root_hash(seq.salt, adapter)
             seq.hashes.append(block_hash(parent, seq.tokens[index * size : (index + 1) * size]))
 
     def _extend(self, seq: S, blocks: list[int], step: Step[S]) -> None:
@@ -221,7 +253,9 @@ class Scheduler(Generic[S]):
     def _vacate(self, seq: S) -> None:
         self.pool.release(seq.blocks)
         self._rows.append(seq.row)
-        seq.blocks, seq.row, seq.computed, seq.registered = [], -1, 0, 0
+        if seq.adapter is not None and self.adapters is not None:
+            self.adapters.release(seq.adapter)
+        seq.blocks, seq.row, seq.slot, seq.computed, seq.registered = [], -1, -1, 0, 0
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)

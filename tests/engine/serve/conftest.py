@@ -5,6 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from anabranch.adapters.attach import attach
+from anabranch.adapters.files import save_adapters
+from anabranch.adapters.rank_lora import RankLora, RankLoraSettings
+from anabranch.adapters.triadapt import TriAdapt, TriAdaptSettings
 from anabranch.models.config import ModelConfig
 from anabranch.models.transformer import DenseAttend, Transformer
 from anabranch.serve.engine import Engine, EngineConfig
@@ -19,6 +23,14 @@ ROOMY = EngineConfig(
 )  # fmt: skip
 
 
+KINDS = {
+    "lora": lambda r: (RankLora, RankLoraSettings(ranks=r)),
+    "smora": lambda r: (RankLora, RankLoraSettings(ranks=r, chosen=2)),
+    "experts": lambda r: (RankLora, RankLoraSettings(ranks=r, block=2, chosen=1, gate="softmax_topk")),
+    "triadapt": lambda r: (TriAdapt, TriAdaptSettings(initial=r, reference=r, steps=1)),
+}
+
+
 @pytest.fixture(scope="session")
 def build():
     """`build(family="mistral", ...)`: the small model, or a variant."""
@@ -28,6 +40,25 @@ def build():
         return Transformer(replace(CONFIG, **changes)).initialise(torch.Generator().manual_seed(5), std=0.3).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_adapter(build):
+    """`write_adapter(folder, kind="smora", seed=3)`: an adapter of the small model that changes its mind."""
+
+    def write(folder, *, kind="lora", seed=0, ranks=4, targets=("*",)):
+        random = torch.Generator().manual_seed(seed)
+        make, settings = KINDS[kind](ranks)
+        adapted = attach(build(), lambda name, i, o: make(i, o, settings, generator=random), targets=targets)
+        with torch.no_grad():
+            for adapter in adapted.values():
+                adapter.b[: settings.ranks if kind != "triadapt" else ranks].normal_(std=0.3, generator=random)
+                if kind == "triadapt":
+                    adapter.lower[:ranks, :ranks].normal_(generator=random)
+        save_adapters(folder, adapted)
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,11 @@ def test_blank_blocks_go_first_then_the_least_recently_used_tail():
     assert pool.allocate(4) == [blank, second, first, third]
 
 
+def test_no_salt_and_no_adapter_has_the_root_of_another():
+    pairs = [(salt, adapter) for salt in ("", "a", "\0", "ÿ", "\0" * 8) for adapter in (None, 0, 1, 97, 255)]
+    assert len({root_hash(*pair) for pair in pairs}) == len(pairs)
+
+
 def test_a_cached_block_is_found_held_and_survives_until_it_is_needed():
     pool = BlockPool(2)
     (block,) = pool.allocate(1)

@@ -2,9 +2,11 @@
 
 import random
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pytest
 
+from anabranch.serve.adapters.slots import AdapterSlots
 from anabranch.serve.blocks import BlockPool
 from anabranch.serve.scheduler import Scheduler, Sequence, Step
 
@@ -17,15 +19,21 @@ class Numbered(Sequence):
     histories: list[int] = field(default_factory=list)
 
 
+class Adapter(NamedTuple):
+    number: int
+    ranks: int
+
+
 class World:
     """Runs a scheduler's steps on a cache that records, for each slot, the whole history its content depends on."""
 
-    def __init__(self, *, blocks, block_size, max_num_seqs, max_num_batched_tokens, share_prefixes=True):
+    def __init__(self, *, blocks, block_size, max_num_seqs, max_num_batched_tokens, share_prefixes=True, ranks=0):
         self.pool = BlockPool(blocks)
         self.scheduler: Scheduler[Numbered] = Scheduler(
             self.pool, block_size=block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-            share_prefixes=share_prefixes,
+            share_prefixes=share_prefixes, adapters=AdapterSlots(ranks) if ranks else None,
         )  # fmt: skip
+        self.device: dict[int, tuple[int, int]] = {}  # what lies at each rank of the pool: an adapter, in a slot
         self.tables: dict[int, dict[int, int]] = {}
         self.cache: dict[int, int] = {}
         self.names: dict[tuple[int | str, int], int] = {}
@@ -34,10 +42,10 @@ class World:
         self.admitted: list[int] = []
         self.count = 0
 
-    def add(self, prompt, max_new, salt="", reuse=True):
+    def add(self, prompt, max_new, salt="", reuse=True, adapter=None):
         seq = Numbered(
             tokens=list(prompt), max_len=len(prompt) + max_new, salt=salt, reuse=reuse, number=self.count,
-            prompt_len=len(prompt),
+            prompt_len=len(prompt), adapter=adapter,
         )  # fmt: skip
         self.count += 1
         self.scheduler.add(seq)
@@ -45,9 +53,9 @@ class World:
         return seq
 
     def histories(self, seq):
-        """For each token, a name of everything its keys and values depend on: salt, tokens before it, itself."""
+        """For each token, a name of all that its keys and values depend on: salt, adapter, tokens before it, itself."""
         for token in seq.tokens[len(seq.histories) :]:
-            past = (seq.histories[-1] if seq.histories else seq.salt, token)
+            past = (seq.histories[-1] if seq.histories else (seq.salt, seq.adapter), token)
             seq.histories.append(self.names.setdefault(past, len(self.names)))
         return seq.histories
 
@@ -56,6 +64,14 @@ class World:
         for row, first, blocks in step.placed:
             table = self.tables[row] = {} if first == 0 else self.tables[row]
             table.update({first + i: block for i, block in enumerate(blocks)})
+        for load in () if fails else step.loads:
+            self.device = {rank: held for rank, held in self.device.items() if held[1] not in load.freed}
+            run = range(load.first_rank, load.first_rank + load.adapter.ranks)
+            self.device.update(dict.fromkeys(run, (load.adapter.number, load.slot)))
+        for seq, slot in zip(step.sequences, step.slots, strict=True):
+            assert (slot < 0) == (seq.adapter is None)
+            if not fails and seq.adapter is not None:
+                assert list(self.device.values()).count((seq.adapter.number, slot)) == seq.adapter.ranks
         work = list(zip(step.sequences, step.rows, step.starts, step.counts, strict=True))
         for seq, row, start, count in work:  # every store precedes every read, as in a layer
             histories = self.histories(seq)
@@ -81,6 +97,7 @@ class World:
             for seq in step.sequences:
                 self.end(seq)
             scheduler.discard(step)
+            self.check_adapters()
             return step
         scheduler.complete(step)
         for seq, start, count in zip(step.sequences, step.starts, step.counts, strict=True):
@@ -89,6 +106,7 @@ class World:
                 if len(seq.tokens) == seq.max_len or seq.tokens[-1] == 0:
                     self.end(seq)
         self.check_blocks()
+        self.check_adapters()
         return step
 
     def end(self, seq):
@@ -116,6 +134,12 @@ class World:
             assert step.sequences  # never idle while there is work
         if len(scheduler.running) < len(running_before):
             assert scheduler.running == running_before[: len(scheduler.running)]  # the newest were pre-empted
+
+    def check_adapters(self):
+        if self.scheduler.adapters is not None:
+            users = [seq.adapter.number for seq in self.scheduler.running if seq.adapter is not None]
+            pins = {number: held.pins for number, held in self.scheduler.adapters.residents.items() if held.pins}
+            assert pins == {number: users.count(number) for number in users}
 
     def check_blocks(self):
         pool, scheduler = self.pool, self.scheduler
@@ -157,8 +181,11 @@ WORLDS = {
     },
     "wide-blocks": {"blocks": 6, "block_size": 16, "max_num_seqs": 5, "max_num_batched_tokens": 24},
     "tight": {"blocks": 12, "block_size": 2, "max_num_seqs": 8, "max_num_batched_tokens": 16},
+    "adapters": {"blocks": 40, "block_size": 2, "max_num_seqs": 8, "max_num_batched_tokens": 16, "ranks": 9},
+    "one-adapter": {"blocks": 12, "block_size": 2, "max_num_seqs": 8, "max_num_batched_tokens": 16, "ranks": 4},
 }
-STEPS = 13_000  # in each of the eight worlds: more than 10^5 in all
+ADAPTERS = [Adapter(number, ranks) for number, ranks in enumerate([1, 2, 4, 3, 1, 4])]
+STEPS = 13_000  # in each of the ten worlds: more than 10^5 in all
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -176,8 +203,9 @@ def test_random_traffic(name):
         prompt = prompt[: longest - 1]
         max_new = rng.randrange(1, min(24, longest - len(prompt)) + 1)
         salt = rng.choice(["", "", "", "tenant"])
+        adapter = rng.choice([None, *ADAPTERS]) if scheduler.adapters is not None else None
         for _ in range(rng.choice([1, 1, 1, 3])):  # several samples of one prompt come together
-            world.add(prompt, max_new, salt, reuse=rng.random() < 0.9)
+            world.add(prompt, max_new, salt, reuse=rng.random() < 0.9, adapter=adapter)
 
     def abort():
         nonlocal aborted
@@ -198,10 +226,24 @@ def test_random_traffic(name):
     assert sorted(seq.number for seq in world.finished) == list(range(world.count))  # every one ended
     assert aborted > 100
     assert failed > 5
+    if scheduler.adapters is not None:
+        assert scheduler.adapters.evictions > 500
     if name in ("tiny-pool", "tight", "wide-blocks", "no-sharing"):
         assert scheduler.preemptions > 20
     if scheduler.share_prefixes:
         assert sum(seq.hit_tokens or 0 for seq in world.finished) > 1000
+
+
+def test_who_waits_for_an_adapter_holds_up_those_behind():
+    world = World(blocks=40, block_size=4, max_num_seqs=4, max_num_batched_tokens=64, ranks=4)
+    first = world.add([1, 2], 3, adapter=ADAPTERS[2])
+    waits, behind = world.add([3, 4], 3, adapter=ADAPTERS[1]), world.add([5, 6], 3)
+    while first in world.live:
+        assert world.step(lambda seq: 1).sequences == [first]
+    step = world.step(lambda seq: 1)
+    assert step.sequences == [waits, behind]
+    assert [(load.adapter, load.freed) for load in step.loads] == [(ADAPTERS[1], (0,))]
+    assert step.slots == [0, -1]
 
 
 def test_tokens_are_computed_exactly_once_without_preemption():
