@@ -121,13 +121,14 @@ def read_adapters(
     does not have and tensors of other sizes, all before a tensor is read.
     """
     folder = Path(folder)
-    if (folder / CONFIG).is_file() and (size := (folder / CONFIG).stat().st_size) > MOST_CONFIG_BYTES:
-        raise ValueError(f"{folder / CONFIG} has {size} bytes, allowed {MOST_CONFIG_BYTES}")
+    if not folder.is_dir():
+        raise ValueError(f"no adapter folder at {folder}; it would hold {CONFIG} and {WEIGHTS}")
+    for name, most in ((CONFIG, MOST_CONFIG_BYTES), (WEIGHTS, most_bytes)):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}; an adapter's folder holds {CONFIG} and {WEIGHTS}")
+        if most is not None and (size := (folder / name).stat().st_size) > most:
+            raise ValueError(f"{folder / name} has {size} bytes, allowed {most}")
     config = read_json(folder / CONFIG)
-    if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder} has no {WEIGHTS}; only safetensors are loaded")
-    if most_bytes is not None and (size := (folder / WEIGHTS).stat().st_size) > most_bytes:
-        raise ValueError(f"{folder / WEIGHTS} has {size} bytes, allowed {most_bytes}")
     file = open_safetensors(folder / WEIGHTS)
     shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (not a dict)
     method = str(config.get("peft_type", "")).lower()

@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 
 from anabranch.models.transformer import Transformer
+from anabranch.serve.adapters.arena import AdapterArena
+from anabranch.serve.adapters.library import LoadedAdapter
+from anabranch.serve.adapters.slots import AdapterSlots
 from anabranch.serve.blocks import BlockPool
 from anabranch.serve.grammar import Grammar, Grammars
 from anabranch.serve.request import RequestMetrics, RequestOutput, SamplingParams
@@ -100,6 +103,7 @@ class Engine:
     """Runs many requests together over one model. See the module's text for threads and failures.
 
     workers   the other ranks, if `model` is rank 0's part of one
+    adapters  where the adapters of requests lie; None: no request may have one
     """
 
     def __init__(
@@ -109,18 +113,22 @@ class Engine:
         config: EngineConfig,
         *,
         workers: "Workers | None" = None,
+        adapters: AdapterArena | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.vocab_size = model.config.vocab_size
         self.eos_ids = frozenset(model.config.eos_ids)
+        self.adapter_slots = None if adapters is None else AdapterSlots(adapters.ranks)
         self.scheduler: Scheduler[Sample] = Scheduler(
             BlockPool(config.num_blocks), block_size=config.block_size, max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens, share_prefixes=config.enable_prefix_caching,
+            adapters=self.adapter_slots,
         )  # fmt: skip
         self.runner = Runner(
             model, num_blocks=config.num_blocks, block_size=config.block_size, max_num_seqs=config.max_num_seqs,
             max_len=config.max_model_len, dtype=config.cache_dtype, workers=workers,
+            adapters=adapters,
         )  # fmt: skip
         self.sampler = Sampler()
         self.stats = EngineStats()
@@ -138,6 +146,7 @@ class Engine:
         *,
         prompt: str | None = None,
         cache_salt: str = "",
+        adapter: LoadedAdapter | None = None,
         stream: bool = False,
     ) -> None:
         """Queue a request. ValueError, with nothing queued, if it can never run.
@@ -147,10 +156,12 @@ class Engine:
 
         prompt      the text of the tokens, only to be returned with the outputs
         cache_salt  requests with different salts never share cached blocks
+        adapter     what the model's layers add for this request, which holds it to its end
         stream      report each step's new tokens and text; otherwise one output comes when all samples have ended
         """
         ids = list(prompt_token_ids)
         max_len = self.check(ids, params)
+        self._check_adapter(adapter)
         grammar = self._grammar(params)
         request = Request(
             request_id=request_id, prompt=prompt, prompt_token_ids=ids, params=params, stream=stream,
@@ -160,7 +171,9 @@ class Engine:
         with self._lock:
             if request_id in self._requests:
                 raise ValueError(f"request_id {request_id!r} is already in use")
-            request.samples = [self._sample(request, index, max_len, cache_salt, grammar) for index in range(params.n)]
+            request.samples = [
+                self._sample(request, index, max_len, cache_salt, adapter, grammar) for index in range(params.n)
+            ]
             self._requests[request_id] = request
             for sample in request.samples:
                 self.scheduler.add(sample)
@@ -212,9 +225,9 @@ class Engine:
         except BaseException as error:  # an interrupt, too, leaves half a step behind
             with self._lock:
                 self.stats.failed_steps += 1
-                self.scheduler.discard(step)
                 requests = dict.fromkeys(sample.request for sample in step.sequences if sample.row >= 0)
                 failed = [self._fail(request, error) for request in requests]
+                self.scheduler.discard(step)
             if isinstance(error, Exception):
                 return failed
             raise
@@ -286,6 +299,14 @@ class Engine:
             request.report(new if request.stream else request.samples) for request, new in reports.items()
         ]
 
+    def _check_adapter(self, adapter: LoadedAdapter | None) -> None:
+        if adapter is None:
+            return
+        if self.adapter_slots is None:
+            raise ValueError("this engine has no room for adapters")
+        if adapter.ranks > self.adapter_slots.ranks:
+            raise ValueError(f"the adapter has {adapter.ranks} ranks, there is room for {self.adapter_slots.ranks}")
+
     def _grammar(self, params: SamplingParams) -> Grammar | None:
         if params.structured is None:
             return None
@@ -293,7 +314,15 @@ class Engine:
             raise ValueError("structured output needs a tokenizer, and the model folder has none")
         return self.grammars.compile(params.structured)
 
-    def _sample(self, request: Request, index: int, max_len: int, salt: str, grammar: Grammar | None) -> Sample:
+    def _sample(
+        self,
+        request: Request,
+        index: int,
+        max_len: int,
+        salt: str,
+        adapter: LoadedAdapter | None,
+        grammar: Grammar | None,
+    ) -> Sample:
         params = request.params
         silent = frozenset() if params.ignore_eos else self.eos_ids
         stop_ids = silent | frozenset(params.stop_token_ids or ())
@@ -308,7 +337,7 @@ class Engine:
         matcher = None if grammar is None else grammar.matcher()
         draw = Draw(params, request.prompt_token_ids, sorted(stop_ids), seed + index, matcher)
         return Sample(
-            tokens=list(request.prompt_token_ids), max_len=max_len, salt=salt,
+            tokens=list(request.prompt_token_ids), max_len=max_len, salt=salt, adapter=adapter,
             reuse=params.prompt_logprobs is None or index > 0,
             request=request, index=index, draw=draw, stop_ids=stop_ids, silent_ids=silent, text=text,
             logprobs=None if params.logprobs is None else [],

@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from anabranch.data.tokenizer import load_tokenizer
 from anabranch.models.weights import load_model
+from anabranch.serve.adapters.library import AdapterLibrary, LoadedAdapter
+from anabranch.serve.adapters.opening import open_adapters
 from anabranch.serve.engine import Engine, EngineConfig
 from anabranch.serve.memory import size_cache
 from anabranch.serve.request import CompletionOutput, RequestOutput, SamplingParams
@@ -23,6 +25,7 @@ from anabranch.serve.tensor_parallel import Workers
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Conversation = Sequence[Mapping[str, Any]]
+AdapterNames = str | Sequence[str | None] | None
 DTYPES = {
     "float32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
     "half": torch.float16,
@@ -31,6 +34,7 @@ STEP_TOKENS = {"cpu": 512}  # a chunk large enough for matrix products to reach 
 STEP_TOKENS_GPU = 2048
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 BAR_DELAY_S = 1.0  # a progress bar appears when a batch takes longer
+ADAPTER_HOST_BYTES = 1 << 30
 
 
 class RequestError(RuntimeError):
@@ -69,6 +73,13 @@ class LLM:
     tensor_parallel_size    processes that share the model, this one among them; each holds some of the heads and some
                             of each matrix. On GPUs rank r takes GPU r; on a CPU they divide torch's threads, and this
                             process keeps its share. `close` ends the others, as does collecting this object
+    adapters                folders of adapters by the names that requests give (as PEFT saves LoRA, or as the tune
+                            command saves the kinds that PEFT has not); more can be loaded and unloaded at any time. {}
+                            for none at first; None for none ever, which is faster by nothing but their memory
+    adapter_bytes           memory for the adapters that run, on the model's device; None: a tenth of what is free, but
+                            no more than 256 adapters of rank 64 need
+    adapter_host_bytes      memory for the adapters used last, from which they come to the device without a disk; those
+                            of waiting and running requests stay in memory whatever this says
 
     Raises ValueError for a folder, a setting or a request that cannot work, before anything runs.
     """
@@ -89,6 +100,9 @@ class LLM:
         block_size: int = 64,
         seed: int = 0,
         tensor_parallel_size: int = 1,
+        adapters: Mapping[str, str | Path] | None = None,
+        adapter_bytes: int | None = None,
+        adapter_host_bytes: int = ADAPTER_HOST_BYTES,
     ) -> None:
         folder = Path(model)
         if not (folder / "config.json").is_file():
@@ -100,10 +114,13 @@ class LLM:
             raise ValueError(f"cache_dtype must be 'auto' or 'int8', got {cache_dtype!r}")
         if tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
+        if tensor_parallel_size > 1 and adapters is not None:
+            raise ValueError(f"adapters run on one rank only, got tensor_parallel_size={tensor_parallel_size}")
         where, weights = _pick_device(device), _pick_dtype(dtype)
         self.tokenizer = load_tokenizer(folder if tokenizer is None else Path(tokenizer))
         if self.tokenizer is None and tokenizer is not None:
             raise ValueError(f"there is no tokenizer in {str(tokenizer)!r}")
+        self.adapters: AdapterLibrary | None = None
         self._workers: Workers | None = None
         if tensor_parallel_size > 1:
             self._workers = Workers(folder, tensor_parallel_size, dtype=weights, device=where)
@@ -112,6 +129,11 @@ class LLM:
             network = load_model(
                 folder, dtype=weights, device=where, group=None if self._workers is None else self._workers.group
             )
+            arena = None
+            if adapters is not None:
+                self.adapters, arena = open_adapters(
+                    network, adapters, device_bytes=adapter_bytes, host_bytes=adapter_host_bytes
+                )
             budget = None if self._workers is None else self._workers.join()
             stored = torch.int8 if cache_dtype == "int8" else network.embed.dtype
             num_blocks, length = size_cache(
@@ -127,7 +149,7 @@ class LLM:
                 enable_prefix_caching=enable_prefix_caching, seed=seed,
             )  # fmt: skip
             backend = None if self.tokenizer is None else self.tokenizer.backend_tokenizer
-            self.engine = Engine(network, backend, config, workers=self._workers)
+            self.engine = Engine(network, backend, config, workers=self._workers, adapters=arena)
             if self._workers is not None:
                 self._workers.start(num_blocks, block_size, stored)
         except BaseException:
@@ -147,6 +169,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: AdapterNames = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Continue one prompt or many; outputs come in the order of the prompts.
@@ -154,6 +177,7 @@ class LLM:
         prompts          a text, token ids, or {"prompt": text} or {"prompt_token_ids": ids} with an optional
                          "cache_salt"; or a sequence of such
         sampling_params  one for all, or one for each
+        adapter          the name of one for all, or one for each; None for the model alone
         use_tqdm         a progress bar; None shows it on a terminal when the batch takes longer than a second
 
         Raises ValueError, before anything runs, for a request that cannot work, and RequestError, when all others are
@@ -161,20 +185,26 @@ class LLM:
         """
         listed: list[Any] = [prompts] if _is_single(prompts) else list(prompts)
         parsed = [self._parse(prompt, f"prompts[{index}]") for index, prompt in enumerate(listed)]
-        return self._run(parsed, sampling_params, use_tqdm)
+        return self._run(parsed, sampling_params, adapter, use_tqdm)
 
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: AdapterNames = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or many, [{"role": "user", "content": "..."}, ...], by the model's chat template."""
-        listed: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        return self._run([self._render(conversation) for conversation in listed], sampling_params, use_tqdm)
+        """Answer one conversation or many, [{"role": "user", "content": "..."}, ...], by the model's chat template.
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[CompletionOutput]:
+        All else as in `generate`.
+        """
+        listed: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        return self._run([self._render(conversation) for conversation in listed], sampling_params, adapter, use_tqdm)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Iterator[CompletionOutput]:
         """Continue one prompt; yields what is new in each sample (see `index`) as it comes.
 
         The last part of a sample has its finish_reason. A stream that is closed early frees its blocks at once.
@@ -182,7 +212,22 @@ class LLM:
         params = SamplingParams() if sampling_params is None else sampling_params
         parsed = self._parse(prompt, "prompt")
         self.engine.check(parsed.ids, params)  # now, not at the first next()
-        return self._stream(parsed, params)
+        (loaded,) = self._open(adapter, 1)
+        return self._stream(parsed, params, loaded)
+
+    def load_adapter(self, name: str, folder: str | Path, *, replace: bool = False) -> None:
+        """Read an adapter, so that requests can name it from now on; from any thread, while others generate.
+
+        replace   the name may be taken: running requests keep the adapter they have, new ones get this
+
+        Raises ValueError for a name that is taken, a folder that cannot be served and more ranks than there is room
+        for.
+        """
+        self._library().load(name, folder, replace=replace)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter's name; requests that have it go on. ValueError if it is not there."""
+        self._library().unload(name)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with what the tokenizer puts before it."""
@@ -210,9 +255,11 @@ class LLM:
         self,
         prompts: list[_Parsed],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: AdapterNames,
         use_tqdm: bool | None,
     ) -> list[RequestOutput]:
         params = _one_each(sampling_params, len(prompts))
+        adapters = self._open(adapter, len(prompts))
         for index, (prompt, rules) in enumerate(zip(prompts, params, strict=True)):
             try:
                 self.engine.check(prompt.ids, rules)
@@ -223,8 +270,8 @@ class LLM:
         done: dict[str, RequestOutput] = {}
         start, tokens = time.perf_counter(), 0
         try:
-            for prompt, rules in zip(prompts, params, strict=True):
-                ids.append(self._add(prompt, rules, inbox, stream=False))
+            for prompt, rules, loaded in zip(prompts, params, adapters, strict=True):
+                ids.append(self._add(prompt, rules, loaded, inbox, stream=False))
             with _progress(len(ids), use_tqdm) as bar:
                 while len(done) < len(ids):
                     for output in self._receive(inbox):
@@ -239,9 +286,11 @@ class LLM:
             raise RequestError(outputs)
         return outputs
 
-    def _stream(self, prompt: _Parsed, params: SamplingParams) -> Iterator[CompletionOutput]:
+    def _stream(
+        self, prompt: _Parsed, params: SamplingParams, adapter: LoadedAdapter | None
+    ) -> Iterator[CompletionOutput]:
         inbox: deque[RequestOutput] = deque()
-        request_id = self._add(prompt, params, inbox, stream=True)
+        request_id = self._add(prompt, params, adapter, inbox, stream=True)
         try:
             finished = False
             while not finished:
@@ -253,11 +302,35 @@ class LLM:
         finally:
             self._forget([request_id])
 
-    def _add(self, prompt: _Parsed, params: SamplingParams, inbox: deque[RequestOutput], *, stream: bool) -> str:
+    def _library(self) -> AdapterLibrary:
+        if self.adapters is None:
+            raise ValueError("this model serves no adapters: it was made without the argument `adapters`")
+        return self.adapters
+
+    def _open(self, names: AdapterNames, count: int) -> list[LoadedAdapter | None]:
+        """The adapter of each prompt, in memory."""
+        listed = [names] * count if names is None or isinstance(names, str) else list(names)
+        if len(listed) != count:
+            raise ValueError(f"adapter must be one name, or one for each of {count} prompts, got {len(listed)}")
+        opened: dict[str | None, LoadedAdapter | None] = {None: None}
+        for name in listed:
+            if name is not None and name not in opened:
+                opened[name] = self._library().open(self._library().find(name))
+        return [opened[name] for name in listed]
+
+    def _add(
+        self,
+        prompt: _Parsed,
+        params: SamplingParams,
+        adapter: LoadedAdapter | None,
+        inbox: deque[RequestOutput],
+        *,
+        stream: bool,
+    ) -> str:
         request_id = str(next(self._numbers))
         self._inboxes[request_id] = inbox
         self.engine.add_request(
-            request_id, prompt.ids, params, prompt=prompt.text, cache_salt=prompt.salt, stream=stream
+            request_id, prompt.ids, params, prompt=prompt.text, cache_salt=prompt.salt, adapter=adapter, stream=stream
         )
         return request_id
 

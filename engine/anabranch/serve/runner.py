@@ -17,6 +17,7 @@ from torch import Tensor
 
 from anabranch.models.config import ModelConfig
 from anabranch.models.transformer import Transformer
+from anabranch.serve.adapters.arena import AdapterArena
 from anabranch.serve.scheduler import S, Step
 from anabranch_kernels.memory import prefer_huge_pages
 from anabranch_kernels.paged_attention.op import paged_attention, store_kv
@@ -133,6 +134,7 @@ class Runner:
     """Holds the model, its caches and the page table of every row the scheduler hands out.
 
     workers   the other ranks of a model's group, which are told of everything that is computed; None if all is here
+    adapters  what the model's layers add for the sequences that have one; None if no sequence ever has
 
     `model_s` sums the seconds spent in calls of the model. A GPU may still be at work when they return.
     """
@@ -147,9 +149,11 @@ class Runner:
         max_len: int,
         dtype: torch.dtype,
         workers: "Workers | None" = None,
+        adapters: AdapterArena | None = None,
     ) -> None:
         self.model = model
         self.workers = workers
+        self.adapters = adapters
         self.device = model.embed.device
         self.block_size = block_size
         self.model_s = 0.0
@@ -159,11 +163,22 @@ class Runner:
     def forward(self, step: Step[S]) -> Tensor:
         """Compute a step's tokens: hidden states [T, hidden_size], packed in the order of its sequences."""
         batch = self._pack(step)
+        if self.adapters is not None:
+            self._prepare(self.adapters, step)
         before = time.perf_counter()
         with nullcontext() if self.workers is None else self.workers.forward(batch):
             hidden = compute(self.model, self.caches, batch)
         self.model_s += time.perf_counter() - before
         return hidden
+
+    def _prepare(self, adapters: AdapterArena, step: Step[S]) -> None:
+        """Put the step's new adapters in place, and say which token has which."""
+        for load in step.loads:
+            adapters.load(load)
+        adapters.adapter_of = None
+        if any(slot >= 0 for slot in step.slots):
+            slots = np.array(step.slots, np.int32)
+            adapters.adapter_of = _tensor(slots.repeat(step.counts), self.device)
 
     def logits(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
         """Scores [len(rows), vocab] float32 of some rows of the latest `forward`: only those are computed."""

@@ -285,3 +285,62 @@ def test_without_a_tokenizer_token_ids_still_work(folder, tmp_path):
 def test_without_a_chat_template_chat_says_so(stories):
     with pytest.raises(ValueError, match="no chat template; use generate"):
         LLM(stories).chat([{"role": "user", "content": "hi"}])
+
+
+@pytest.fixture(scope="module")
+def adapted(folder, write_adapter, tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    names = {"lora": "lora", "smora": "smora"}
+    return LLM(folder, adapters={name: write_adapter(root / name, kind=name, seed=1) for name in names})
+
+
+def texts(outputs):
+    return [output.outputs[0].text for output in outputs]
+
+
+def test_adapters_are_named_once_or_for_each_prompt_in_every_way_of_asking(adapted, llm):
+    params = SamplingParams(temperature=0, max_tokens=8)
+    prompts, chat = ["import os", "def f"], [{"role": "user", "content": "hi"}]
+    plain, lora, smora = (texts(adapted.generate(prompts, params, adapter=name)) for name in (None, "lora", "smora"))
+    assert plain == texts(llm.generate(prompts, params))
+    assert len({plain[0], lora[0], smora[0]}) == 3
+    assert texts(adapted.generate(prompts, params, adapter=["smora", None])) == [smora[0], plain[1]]
+    assert "".join(part.text for part in adapted.stream(prompts[1], params, adapter="lora")) == lora[1]
+    chats = [texts(adapted.chat(chat, params, adapter=name))[0] for name in (None, "lora", "smora")]
+    assert len(set(chats)) == 3
+    assert texts(adapted.chat([chat, chat], params, adapter=["smora", "lora"])) == [chats[2], chats[1]]
+
+
+def test_samples_of_one_prompt_have_its_adapter(adapted):
+    params = SamplingParams(n=3, seed=1, max_tokens=6)
+    together = adapted.generate(["import os"] * 2, params, adapter=["lora", None])
+    for output, name in zip(together, ("lora", None), strict=True):
+        (alone,) = adapted.generate("import os", params, adapter=name)
+        assert [sample.token_ids for sample in alone.outputs] == [sample.token_ids for sample in output.outputs]
+
+
+def test_names_of_adapters_are_checked_before_anything_runs(adapted, llm):
+    with pytest.raises(ValueError, match=r"there is no adapter 'x'; loaded are \['lora', 'smora'\]"):
+        adapted.generate(["a", "b"], adapter=[None, "x"])
+    with pytest.raises(ValueError, match="one for each of 2 prompts, got 1"):
+        adapted.generate(["a", "b"], adapter=["lora"])
+    with pytest.raises(ValueError, match="there is no adapter 'x'"):
+        adapted.stream("a", adapter="x")
+    for call in (lambda: llm.generate("a", adapter="lora"), lambda: llm.unload_adapter("lora")):
+        with pytest.raises(ValueError, match="made without the argument `adapters`"):
+            call()
+    assert not adapted.engine.has_unfinished()
+
+
+def test_adapters_come_and_go_while_others_generate(adapted, write_adapter, tmp_path):
+    params = SamplingParams(temperature=0, max_tokens=12)
+    (want,) = texts(adapted.generate("import os", params, adapter="lora"))
+    parts = adapted.stream("import os", params, adapter="lora")
+    text = next(parts).text
+    adapted.unload_adapter("lora")
+    adapted.load_adapter("lora", write_adapter(tmp_path / "new", seed=7))
+    (new,) = texts(adapted.generate("import os", params, adapter="lora"))
+    assert text + "".join(part.text for part in parts) == want
+    assert new != want
+    with pytest.raises(ValueError, match="'lora' is loaded already"):
+        adapted.load_adapter("lora", tmp_path / "new")
