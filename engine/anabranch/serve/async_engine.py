@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import TypeVar, TypeVarTuple, Unpack
 
+from anabranch.serve.adapters.library import LoadedAdapter
 from anabranch.serve.engine import Engine
 from anabranch.serve.request import CompletionOutput, RequestOutput, SamplingParams
 from anabranch.serve.traffic import Traffic
@@ -49,6 +50,7 @@ class TokenPrompt:
 
     ids: list[int]
     cache_salt: str = ""
+    adapter: LoadedAdapter | None = None
 
 
 class Job:
@@ -232,7 +234,9 @@ class AsyncEngine:
 
     def queue(self, request_id: str, prompt: TokenPrompt, params: SamplingParams, stream: bool) -> None:
         """Give a prompt to the engine; in a worker thread."""
-        self.engine.add_request(request_id, prompt.ids, params, cache_salt=prompt.cache_salt, stream=stream)
+        self.engine.add_request(
+            request_id, prompt.ids, params, cache_salt=prompt.cache_salt, adapter=prompt.adapter, stream=stream
+        )
         self._work.set()
 
     def release(self, job: Job, request_ids: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   anabranch generate ./Llama-3.2-1B --prompt "Once upon a time" --max-tokens 200
   anabranch generate ./Qwen3-0.6B --chat --prompt "What is a river?" --temperature 0
   anabranch generate ./Qwen3-0.6B --prompt - --json < question.txt
+  anabranch generate ./Qwen3-0.6B --adapter ./my-lora --prompt "Once upon a time"
   anabranch generate ./Qwen3-0.6B --chat --prompt "Describe Rome." --json-schema city.json
   anabranch generate ./Qwen3-0.6B --chat --prompt "When did it fall?" --regex "[0-9]{1,4} (AD|BC)"
   anabranch generate ./Qwen3-0.6B --chat --prompt "Is it large?" --choice yes --choice no
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", default=str(SHIPPED), help="model folder (default: the small model in the package)")
     add("--prompt", help="text to continue; - reads it from the standard input")
+    add("--adapter", metavar="DIR", help="an adapter's folder, as PEFT or the tune command saves it")
     add("--chat", action="store_true", help="the prompt is a user's message: use the model's chat template")
     add("--max-tokens", type=int, default=256, help="length of the output (default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0 takes the most probable token (default: %(default)s)")
@@ -67,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     llm = LLM(
         args.model, dtype=args.dtype, device=args.device, cache_dtype=args.cache_dtype,
         max_model_len=args.max_model_len, max_num_seqs=1, tensor_parallel_size=args.tensor_parallel_size,
+        adapters=None if args.adapter is None else {args.adapter: args.adapter},
     )  # fmt: skip
     with closing(llm):
         return _continue(llm, prompt, params, args)
@@ -76,7 +79,7 @@ def _continue(llm: "LLM", prompt: str, params: "SamplingParams", args: argparse.
     ids = llm.encode_chat([{"role": "user", "content": prompt}]) if args.chat else llm.encode(prompt)
     if not args.json and not args.chat:
         print(prompt, end="", flush=True)
-    report = generate(llm, ids, params, echo=not args.json)
+    report = generate(llm, ids, params, adapter=args.adapter, echo=not args.json)
     if args.json:
         print(json.dumps({"model": args.model, "prompt": prompt, **asdict(report)}, ensure_ascii=False))
     else:
@@ -135,15 +138,15 @@ class Report:
         )
 
 
-def generate(llm: "LLM", ids: list[int], params: "SamplingParams", *, echo: bool) -> Report:
-    """Stream one prompt, to the terminal if `echo`, and measure."""
+def generate(llm: "LLM", ids: list[int], params: "SamplingParams", *, adapter: str | None = None, echo: bool) -> Report:
+    """Stream one prompt, to the terminal if `echo`, and measure. `adapter` names one that the model serves."""
     from anabranch.serve.runner import decode_bytes
     from anabranch_kernels.roofline import read_bandwidth
 
     start = time.perf_counter()
     moments: list[float] = []
     text, reason = "", None
-    for part in llm.stream(ids, params):
+    for part in llm.stream(ids, params, adapter=adapter):
         moments += [time.perf_counter()] * len(part.token_ids)
         text, reason = text + part.text, part.finish_reason
         if echo:

@@ -3,8 +3,14 @@ import json
 import re
 
 import pytest
+import torch
 
+from anabranch import LLM, SamplingParams
+from anabranch.adapters.attach import attach
+from anabranch.adapters.files import save_adapters
+from anabranch.adapters.rank_lora import RankLora, RankLoraSettings
 from anabranch.cli import main
+from anabranch.models.weights import load_model
 from anabranch.serve import generate_command
 
 
@@ -106,3 +112,23 @@ def test_a_form_that_makes_no_sense_is_said_in_one_line(stories, capsys, tmp_pat
     with pytest.raises(SystemExit):
         main(["generate", stories, "--prompt", "x", "--regex", "a", "--choice", "b"])
     assert "not allowed with" in capsys.readouterr().err
+
+
+def test_an_adapter_changes_the_text(tmp_path, capsys):
+    settings, random = RankLoraSettings(ranks=8), torch.Generator().manual_seed(0)
+    model = load_model(generate_command.SHIPPED)
+    adapted = attach(model, lambda name, i, o: RankLora(i, o, settings, generator=random))
+    for layer in adapted.values():
+        torch.nn.init.normal_(layer.b, std=0.1, generator=random)
+    save_adapters(tmp_path, adapted)
+    texts = []
+    for extra in ([], ["--adapter", str(tmp_path)]):
+        assert main(["generate", "--max-tokens", "20", "--temperature", "0", "--json", *extra]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    llm = LLM(generate_command.SHIPPED, adapters={"a": tmp_path})
+    params = SamplingParams(max_tokens=20, temperature=0)
+    outputs = llm.generate([generate_command.SHIPPED_PROMPT] * 2, params, adapter=[None, "a"])
+    assert texts == [output.outputs[0].text for output in outputs]
+    assert texts[0] != texts[1]
+    assert main(["generate", "--adapter", str(tmp_path / "x")]) == 2
+    assert "no adapter folder at" in capsys.readouterr().err

@@ -9,9 +9,14 @@ import sys
 import httpx
 import openai
 import pytest
+import torch
 
 from anabranch import LLM, SamplingParams
+from anabranch.adapters.attach import attach
+from anabranch.adapters.files import save_adapters
+from anabranch.adapters.rank_lora import RankLora, RankLoraSettings
 from anabranch.cli import main
+from anabranch.models.weights import load_model
 from anabranch.serve import serve_command
 
 MAIN = "import sys; from anabranch.cli import main; sys.exit(main())"
@@ -21,9 +26,23 @@ GREEDY = {"temperature": 0, "max_tokens": 24}
 
 
 @pytest.fixture(scope="module")
-def address():
+def adapter(tmp_path_factory):
+    """Of the shipped model."""
+    path, random = tmp_path_factory.mktemp("adapters") / "lora", torch.Generator().manual_seed(0)
+    settings = RankLoraSettings(ranks=8)
+    model = load_model(serve_command.SHIPPED)
+    adapted = attach(model, lambda name, i, o: RankLora(i, o, settings, generator=random))
+    for layer in adapted.values():
+        torch.nn.init.normal_(layer.b, std=0.1, generator=random)
+    save_adapters(path, adapted)
+    return path
+
+
+@pytest.fixture(scope="module")
+def address(adapter):
     """A server over the shipped model; it must end well."""
     command = [sys.executable, "-c", MAIN, "serve", "--port", "0", "--served-model-name", "bytes", "alias"]
+    command += ["--adapter", f"poet={adapter}", "--adapter-root", str(adapter.parent)]
     environment = {**os.environ, "ANABRANCH_API_KEY": KEY}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
@@ -84,8 +103,41 @@ def test_errors_become_the_clients_own(client, address):
     assert caught.value.type == "invalid_request_error"
     with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
         openai.OpenAI(base_url=f"{address}/v1", api_key="other", max_retries=0).models.list()
-    assert [model.id for model in client.models.list()] == ["bytes", "alias"]
+    assert [model.id for model in client.models.list()] == ["bytes", "alias", "poet"]
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+
+
+def test_an_adapter_by_its_name(address, client, adapter, text):
+    llm = LLM(serve_command.SHIPPED, adapters={"poet": adapter})
+    (output,) = llm.generate(PROMPT, SamplingParams(**GREEDY), adapter="poet")
+    answer = client.completions.create(model="poet", prompt=PROMPT, **GREEDY)
+    assert answer.choices[0].text == output.outputs[0].text != text
+    load = client.post("/load_lora_adapter", body={"lora_name": "more", "lora_path": "lora"}, cast_to=str)
+    assert load == "Success: LoRA adapter 'more' added successfully."
+    assert client.completions.create(model="more", prompt=PROMPT, **GREEDY).choices[0].text == output.outputs[0].text
+    client.post("/unload_lora_adapter", body={"lora_name": "more"}, cast_to=str)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["a"], "--adapter must be NAME=DIR, got 'a'"),
+        (["=b"], "--adapter must be NAME=DIR, got '=b'"),
+        (["a=b", "a=c"], "--adapter a=c: the name 'a' is taken"),
+        ([f"{serve_command.SHIPPED.name}=b"], "is taken"),
+    ],
+)
+def test_adapters_that_cannot_be_are_told_before_anything_loads(capsys, monkeypatch, given, message):
+    monkeypatch.setattr(serve_command, "load", lambda args: pytest.fail("loaded"))
+    assert main(["serve", "--port", "0", *(word for one in given for word in ("--adapter", one))]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["serve", "--port", "0", "--adapter-root", "/nowhere"]) == 2
+    assert "adapter_root must be a folder, got '/nowhere'" in capsys.readouterr().err
+
+
+def test_an_adapters_folder_that_is_not_there_is_told(capsys):
+    assert main(["serve", "--port", "0", "--adapter", "a=/nowhere"]) == 2
+    assert "no adapter folder at /nowhere" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_said_in_one_line_before_anything_loads(capsys, monkeypatch):

@@ -18,11 +18,17 @@ from anabranch.adapters.files import CONFIG, WEIGHTS, read_adapters
 from anabranch.adapters.packed import Packed
 
 FILES = (CONFIG, WEIGHTS)
+MOST_NAMES = 10_000
+SHOWN_NAMES = 20  # in an error
 Stamp = tuple[tuple[int, int, int], ...]
 
 
 class UnknownAdapter(ValueError):
     """No adapter has this name."""
+
+
+class AdapterUnreadable(RuntimeError):
+    """An adapter has left memory, and its folder is not what it was."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -86,10 +92,7 @@ class AdapterLibrary:
     def find(self, name: str) -> NamedAdapter:
         """What a name stands for now. UnknownAdapter if it stands for nothing."""
         with self._lock:
-            found = self._names.get(name)
-            if found is None:
-                raise UnknownAdapter(f"there is no adapter {name!r}; loaded are {sorted(self._names)}")
-            return found
+            return self._named(name)
 
     def load(self, name: str, folder: str | Path, *, replace: bool = False) -> NamedAdapter:
         """Read a folder and give it a name, which new requests may use from now on.
@@ -104,25 +107,20 @@ class AdapterLibrary:
             named = NamedAdapter(self._numbers, name, Path(folder), _stamp(Path(folder)))
             loaded = self._read(named)
             with self._lock:
-                before = self._names.get(name)
-                if before is not None:
-                    self._drop(before.number)
+                self._retire(name)
                 self._names[name] = named
                 self._keep(loaded)
             return named
 
     def unload(self, name: str) -> None:
         """Forget a name; running requests go on. UnknownAdapter if it is not there."""
-        named = self.find(name)
         with self._lock:
-            if self._names.get(name) is named:
-                del self._names[name]
-            self._drop(named.number)
+            self._retire(self._named(name).name)
 
     def open(self, named: NamedAdapter) -> LoadedAdapter:
         """Its weights, from memory or else from its folder.
 
-        Raises ValueError if its files are no longer those that were loaded; OSError if they cannot be read.
+        Raises AdapterUnreadable if it is in memory no longer and its files are not those that were loaded.
         """
         loaded = self._recall(named)
         if loaded is not None:
@@ -130,9 +128,7 @@ class AdapterLibrary:
         with named.reading:  # who comes meanwhile waits for the one who reads
             loaded = self._recall(named)
             if loaded is None:
-                if _stamp(named.folder) != named.stamp:
-                    raise ValueError(f"the files of adapter {named.name!r} have changed since; load it again")
-                loaded = self._read(named)
+                loaded = self._read_again(named)
                 with self._lock:
                     self._keep(loaded)
             return loaded
@@ -141,12 +137,20 @@ class AdapterLibrary:
     def kept_bytes(self) -> int:
         return self._kept_bytes
 
+    def _named(self, name: str) -> NamedAdapter:
+        found = self._names.get(name)
+        if found is None:
+            raise UnknownAdapter(f"there is no adapter {name!r}; loaded are {list(self._names)[:SHOWN_NAMES]}")
+        return found
+
     def _check_name(self, name: str, replace: bool) -> None:
         if not name:
             raise ValueError("an adapter needs a name")
         with self._lock:
             if name in self._names and not replace:
                 raise ValueError(f"the adapter {name!r} is loaded already; unload it first, or replace it")
+            if name not in self._names and len(self._names) >= MOST_NAMES:
+                raise ValueError(f"{MOST_NAMES} adapters are loaded already, and more are not allowed")
 
     def _read(self, named: NamedAdapter) -> LoadedAdapter:
         self.reads += 1
@@ -159,6 +163,14 @@ class AdapterLibrary:
             )
         nbytes = sum(tensor.nbytes for packed in weights.values() for tensor in packed[1:])
         return LoadedAdapter(named.number, ranks, nbytes, weights)
+
+    def _read_again(self, named: NamedAdapter) -> LoadedAdapter:
+        try:
+            if _stamp(named.folder) == named.stamp:
+                return self._read(named)
+        except (ValueError, OSError) as error:
+            raise AdapterUnreadable(f"the adapter {named.name!r} cannot be read again") from error
+        raise AdapterUnreadable(f"the files of adapter {named.name!r} have changed since; load it again")
 
     def _recall(self, named: NamedAdapter) -> LoadedAdapter | None:
         """What is in memory still."""
@@ -176,6 +188,12 @@ class AdapterLibrary:
         self._kept.move_to_end(loaded.number)
         while self._kept_bytes > self.host_bytes:
             self._drop(next(iter(self._kept)))
+
+    def _retire(self, name: str) -> None:
+        """Who found the name before may still ask for it: it leaves memory as the next, but not at once."""
+        named = self._names.pop(name, None)
+        if named is not None and named.number in self._kept:
+            self._kept.move_to_end(named.number, last=False)
 
     def _drop(self, number: int) -> None:
         dropped = self._kept.pop(number, None)

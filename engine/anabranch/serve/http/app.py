@@ -11,8 +11,10 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from jinja2 import TemplateError
 from starlette.types import ASGIApp
 
+from anabranch.serve.adapters.library import LoadedAdapter, NamedAdapter
 from anabranch.serve.async_engine import AsyncEngine, Job, TokenPrompt
 from anabranch.serve.http import errors, metrics
+from anabranch.serve.http.adapter_routes import AdapterRoutes
 from anabranch.serve.http.answers import Answer, ChatAnswer, CompletionAnswer
 from anabranch.serve.http.errors import ApiError, ErrorBody
 from anabranch.serve.http.guards import Guards
@@ -31,6 +33,7 @@ from anabranch.serve.llm import LLM
 from anabranch.serve.request import SamplingParams
 from anabranch.version import __version__
 
+SHOWN_NAMES = 20  # in an error
 PLAYGROUND = Path(__file__).with_name("playground.html")
 PLAYGROUND_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -62,7 +65,8 @@ class Api:
         self.settings = settings
         self.max_len = llm.engine.config.max_model_len
         self.texts = TokenTexts(llm.engine.tokenizer)
-        self.registry = metrics.make_registry(engine)
+        self.adapters = AdapterRoutes(llm.adapters, settings)
+        self.registry = metrics.make_registry(engine, llm.adapters)
         self.created = int(time.time())
 
     def router(self) -> APIRouter:
@@ -72,6 +76,7 @@ class Api:
         router.post("/v1/chat/completions")(self.chat)
         router.get("/v1/models")(self.models)
         router.get("/v1/models/{name:path}")(self.model)
+        self.adapters.add_to(router)
         router.post("/tokenize")(self.tokenize)
         router.post("/detokenize")(self.detokenize)
         router.get("/tokenizer_info")(self.tokenizer_info)
@@ -82,45 +87,47 @@ class Api:
 
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
         """Continue texts or token ids."""
-        self._check(body, body.logprobs)
+        name, adapter = self._check(body, body.logprobs)
         with _blame():
             params = body.params()
 
         def encode() -> list[TokenPrompt]:
             special = body.add_special_tokens
             lists = [self.llm.encode(p, add_special_tokens=special) if isinstance(p, str) else p for p in body.prompt]
-            return [TokenPrompt(ids, body.cache_salt) for ids in lists]
+            loaded = self._open(adapter)
+            return [TokenPrompt(ids, body.cache_salt, loaded) for ids in lists]
 
         def make_answer(prompts: list[TokenPrompt]) -> Answer:
             echoed = None
             if body.echo:
                 pairs = zip(body.prompt, prompts, strict=True)
                 echoed = [p if isinstance(p, str) else self._decode(t.ids, body.skip_special_tokens) for p, t in pairs]
-            return CompletionAnswer(body, self._name(body.model), self.texts, echoed)
+            return CompletionAnswer(body, name, self.texts, echoed)
 
         return await self._run(request, body, params, len(body.prompt) * body.n, encode, make_answer)
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
-        self._check(body, body.top_logprobs)
+        name, adapter = self._check(body, body.top_logprobs)
         with _blame():
             params = body.params()
 
         def encode() -> list[TokenPrompt]:
-            return [TokenPrompt(self._render(body), body.cache_salt)]
+            return [TokenPrompt(self._render(body), body.cache_salt, self._open(adapter))]
 
         def make_answer(prompts: list[TokenPrompt]) -> Answer:
-            return ChatAnswer(body, self._name(body.model), self.texts)
+            return ChatAnswer(body, name, self.texts)
 
         return await self._run(request, body, params, body.n, encode, make_answer)
 
     async def models(self) -> Response:
-        """The names of the model."""
-        return _json({"object": "list", "data": [self._describe(name) for name in self.settings.model_names]})
+        """The names of the model, and of the adapters over it."""
+        names = [*self.settings.model_names, *self.adapters.names()]
+        return _json({"object": "list", "data": [self._describe(name, self.adapters.find(name)) for name in names]})
 
     async def model(self, name: str) -> Response:
         """One of the names."""
-        return _json(self._describe(self._name(name)))
+        return _json(self._describe(*self._name(name)))
 
     async def tokenize(self, body: TokenizeRequest) -> Response:
         """Token ids of a text or a conversation."""
@@ -220,13 +227,15 @@ class Api:
         body = await self.engine.in_worker(answer.build, outputs) if answer.heavy else answer.build(outputs)
         return Response(body, media_type="application/json")
 
-    def _check(self, body: Sampling, logprobs: int | None) -> None:
-        self._name(body.model)
+    def _check(self, body: Sampling, logprobs: int | None) -> tuple[str, NamedAdapter | None]:
+        """What the request's model is; from here on it stays so, whatever is unloaded meanwhile."""
+        found = self._name(body.model)
         if (logprobs or 0) > self.settings.max_logprobs:
             raise ApiError(
                 400, f"at most {self.settings.max_logprobs} log-probabilities per token are allowed, got {logprobs}",
                 param="logprobs",
             )  # fmt: skip
+        return found
 
     def _check_lengths(self, prompts: Sequence[TokenPrompt]) -> None:
         longest = max(len(prompt.ids) for prompt in prompts)
@@ -236,19 +245,26 @@ class Api:
                 code="context_length_exceeded",
             )  # fmt: skip
 
-    def _name(self, asked: str | None) -> str:
+    def _name(self, asked: str | None) -> tuple[str, NamedAdapter | None]:
         names = self.settings.model_names
-        if asked is not None and asked not in names:
+        if asked is None or asked in names:
+            return asked or names[0], None
+        adapter = self.adapters.find(asked)
+        if adapter is None:
+            choices = [*names, *self.adapters.names()][:SHOWN_NAMES]
             raise ApiError(
-                404, f"the model {asked!r} is not here; choose {' or '.join(map(repr, names))}",
+                404, f"the model {asked!r} is not here; choose {' or '.join(map(repr, choices))}",
                 param="model", code="model_not_found",
             )  # fmt: skip
-        return names[0] if asked is None else asked
+        return asked, adapter
 
-    def _describe(self, name: str) -> dict[str, Any]:
+    def _open(self, adapter: NamedAdapter | None) -> LoadedAdapter | None:
+        return None if adapter is None or self.llm.adapters is None else self.llm.adapters.open(adapter)
+
+    def _describe(self, name: str, adapter: NamedAdapter | None) -> dict[str, Any]:
         return {
             "id": name, "object": "model", "created": self.created, "owned_by": "anabranch",
-            "max_model_len": self.max_len,
+            "max_model_len": self.max_len, **({} if adapter is None else self.adapters.describe(adapter)),
         }  # fmt: skip
 
     def _render(self, body: ChatRequest | TokenizeRequest) -> list[int]:

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from anabranch.serve.adapters.library import AdapterUnreadable
 from anabranch.serve.async_engine import EngineCrashed, EngineStopped, QueueFull
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,9 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(429, str(error), code="rate_limit_exceeded", headers=RETRY_AFTER)
         case EngineStopped():
             return ApiError(503, str(error), code="server_stopping", headers=RETRY_AFTER)
+        case AdapterUnreadable():
+            logger.error("an adapter cannot be read", exc_info=error)
+            return ApiError(500, str(error), code="adapter_unreadable")
         case EngineCrashed():
             return ApiError(500, str(error), code="engine_crashed")
     logger.error("an unexpected error", exc_info=error)
@@ -86,7 +90,8 @@ def install(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         return as_api_error(error).response()
 
-    for kind in (ApiError, RequestValidationError, HTTPException, QueueFull, EngineStopped, EngineCrashed, Exception):
+    known = (ApiError, RequestValidationError, HTTPException)
+    for kind in (*known, QueueFull, EngineStopped, AdapterUnreadable, EngineCrashed, Exception):
         app.add_exception_handler(kind, answer)
 
 

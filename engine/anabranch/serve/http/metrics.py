@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from anabranch.serve.adapters.library import AdapterLibrary
 from anabranch.serve.async_engine import AsyncEngine
 from anabranch.serve.traffic import Histogram
 
@@ -16,8 +17,9 @@ PREFIX = "anabranch_"
 class EngineMetrics(Collector):
     """Reads one engine. Numbers of one answer may be a step apart: nothing is locked for them."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, adapters: AdapterLibrary | None) -> None:
         self._engine = engine
+        self._adapters = adapters
 
     def collect(self) -> Iterator[Metric]:
         traffic, engine = self._engine.traffic, self._engine.engine
@@ -35,6 +37,14 @@ class EngineMetrics(Collector):
         yield _counter("engine_steps", "Passes through the model", stats.steps)
         yield _counter("engine_busy_seconds", "Time with something to compute", traffic.busy_s)
         yield _counter("model_seconds", "Of it in calls of the model", engine.runner.model_s)
+        if engine.adapter_slots is not None and self._adapters is not None:
+            slots, library = engine.adapter_slots, self._adapters
+            yield _gauge("adapters_named", "Adapters that requests can name", len(library.names()))
+            yield _gauge("adapters_resident", "Of them, and of those unloaded, on the device", len(slots.residents))
+            yield _gauge("adapters_host_bytes", "Adapters kept in memory beside", library.kept_bytes)
+            yield _counter("adapter_reads", "Adapters read from disk", library.reads)
+            yield _counter("adapter_loads", "Adapters copied to the device", slots.loads)
+            yield _counter("adapter_evictions", "Adapters that gave way to others there", slots.evictions)
         finished = CounterMetricFamily(PREFIX + "finished_requests", "Prompts that ended", labels=["reason"])
         for reason, number in traffic.finished.items():
             finished.add_metric([reason], number)
@@ -44,10 +54,10 @@ class EngineMetrics(Collector):
         yield _histogram("request_seconds", "From arrival to the end of a prompt's samples", traffic.whole_s)
 
 
-def make_registry(engine: AsyncEngine) -> CollectorRegistry:
+def make_registry(engine: AsyncEngine, adapters: AdapterLibrary | None) -> CollectorRegistry:
     """All metrics of this server and its process."""
     registry = CollectorRegistry()
-    registry.register(EngineMetrics(engine))
+    registry.register(EngineMetrics(engine, adapters))
     ProcessCollector(registry=registry)
     return registry
 

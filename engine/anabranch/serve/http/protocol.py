@@ -265,6 +265,23 @@ class DetokenizeRequest(Body):
     tokens: list[int]
 
 
+AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+
+
+class LoadAdapterRequest(Body):
+    """Of /v1/load_lora_adapter. A path that is not absolute begins at the root of adapters."""
+
+    lora_name: AdapterName
+    lora_path: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    load_inplace: bool = False  # the name may be taken: new requests get this adapter
+
+
+class UnloadAdapterRequest(Body):
+    """Of /v1/unload_lora_adapter."""
+
+    lora_name: AdapterName
+
+
 def check_depth(name: str, value: object) -> None:
     """ValueError for a value with too many levels, which would overflow the stack of whoever walks through it."""
     level, depth = [value], 0

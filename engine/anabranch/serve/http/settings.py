@@ -1,6 +1,7 @@
 """What can be set about the server, apart from the model."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 KEY_VARIABLE = "ANABRANCH_API_KEY"
 
@@ -17,6 +18,7 @@ class ServerSettings:
     max_body_bytes    of a request
     max_logprobs      alternatives per token that a request may ask for
     drain_timeout_s   how long running requests may go on after SIGTERM
+    adapter_root      the folder below which adapters may be loaded while the server runs; None: none may
     client_timeout_s  how long a client may take to send the next part of its request, or to take the next of an answer
     """
 
@@ -30,6 +32,7 @@ class ServerSettings:
     max_logprobs: int = 20
     drain_timeout_s: float = 30.0
     client_timeout_s: float = 60.0
+    adapter_root: Path | None = None
 
     def __post_init__(self) -> None:
         _check(0 <= self.port < 1 << 16, "port", self.port, "in [0, 65535]")
@@ -41,6 +44,8 @@ class ServerSettings:
         _check(self.max_logprobs >= 0, "max_logprobs", self.max_logprobs, "at least 0")
         _check(self.drain_timeout_s >= 0, "drain_timeout_s", self.drain_timeout_s, "at least 0")
         _check(self.client_timeout_s > 0, "client_timeout_s", self.client_timeout_s, "above 0")
+        root = self.adapter_root
+        _check(root is None or root.is_dir(), "adapter_root", str(root), "a folder")
 
 
 def _check(holds: bool, name: str, value: object, allowed: str) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from anabranch.adapters.attach import linear_layers
 from anabranch.adapters.files import read_adapters
-from anabranch.serve.adapters.library import AdapterLibrary, UnknownAdapter
+from anabranch.serve.adapters import library as library_module
+from anabranch.serve.adapters.library import AdapterLibrary, AdapterUnreadable, UnknownAdapter
 
 
 @pytest.fixture
@@ -63,18 +64,20 @@ def test_what_a_request_holds_is_not_read_twice(make, folders):
 
 def test_unloading_harms_nobody_who_came_before(make, folders):
     library = make()
-    named = library.load("a", folders[0])
-    held = library.open(named)
+    named, other = library.load("a", folders[0]), library.load("b", folders[1])
     library.unload("a")
-    assert library.kept_bytes == 0
     shutil.rmtree(folders[0])
+    held = library.open(named)  # found before it was unloaded
+    library.host_bytes = held.nbytes
+    library.open(other)
+    assert library.kept_bytes == held.nbytes
     assert library.open(named) is held
     for call in (library.find, library.unload):
-        with pytest.raises(UnknownAdapter, match=r"there is no adapter 'a'; loaded are \[\]"):
+        with pytest.raises(UnknownAdapter, match=r"there is no adapter 'a'; loaded are \['b'\]"):
             call("a")
 
 
-def test_a_name_is_taken_until_it_is_replaced(make, folders):
+def test_a_name_is_taken_until_it_is_replaced(make, folders, monkeypatch):
     library = make()
     first = open_new(library, "a", folders[0])
     with pytest.raises(ValueError, match="'a' is loaded already"):
@@ -82,19 +85,21 @@ def test_a_name_is_taken_until_it_is_replaced(make, folders):
     second = library.open(library.load("a", folders[1], replace=True))
     assert library.open(library.find("a")) is second
     assert first.number != second.number
-    assert library.kept_bytes == second.nbytes
     with pytest.raises(ValueError, match="needs a name"):
         library.load("", folders[1])
+    monkeypatch.setattr(library_module, "MOST_NAMES", 1)
+    with pytest.raises(ValueError, match="1 adapters are loaded already, and more are not allowed"):
+        library.load("b", folders[1])
 
 
 def test_files_that_have_changed_are_not_taken_for_the_old_ones(make, folders, write_adapter):
     library = make(0)
     library.load("a", folders[0])
     write_adapter(folders[0], seed=9, targets=["q_proj"])
-    with pytest.raises(ValueError, match="the files of adapter 'a' have changed since; load it again"):
+    with pytest.raises(AdapterUnreadable, match="the files of adapter 'a' have changed since; load it again"):
         library.open(library.find("a"))
     shutil.rmtree(folders[0])
-    with pytest.raises(ValueError, match="have changed since"):
+    with pytest.raises(AdapterUnreadable, match="have changed since"):
         library.open(library.find("a"))
 
 

@@ -407,15 +407,17 @@ def test_the_page_has_a_strict_policy(server, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def schema(folder, serve):
+def schema(folder, serve, tmp_path_factory):
     """Of a server whose context is small: what is fuzzed seldom limits its output."""
-    return schemathesis.openapi.from_url(f"{serve(LLM(folder, max_model_len=64)).url}/openapi.json")
+    llm, root = LLM(folder, max_model_len=64, adapters={}), tmp_path_factory.mktemp("root")
+    return schemathesis.openapi.from_url(f"{serve(llm, adapter_root=root).url}/openapi.json")
 
 
 ROUTES = [
     ("POST", "/v1/completions", 60), ("POST", "/v1/chat/completions", 60), ("POST", "/tokenize", 25),
     ("POST", "/detokenize", 25), ("GET", "/v1/models/{name}", 10), ("GET", "/v1/models", 2), ("GET", "/health", 2),
-    ("GET", "/metrics", 2), ("GET", "/tokenizer_info", 2),
+    ("GET", "/metrics", 2), ("GET", "/tokenizer_info", 2), ("POST", "/v1/load_lora_adapter", 25),
+    ("POST", "/v1/unload_lora_adapter", 10),
 ]  # fmt: skip
 
 
