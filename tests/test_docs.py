@@ -35,6 +35,7 @@ def run(arguments, *, cwd, **environment):
         "docs/aggregating.md",
         "docs/secure-aggregation.md",
         "docs/adapters.md",
+        "docs/serving.md",
     ],
 )
 def test_python_examples_run(page, tmp_path):

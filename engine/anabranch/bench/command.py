@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_rank_lora(_add_kind(kinds, "rank-lora", "adapters with routed ranks, and many adapters at once, beside torch"))
     _add_triadapt(_add_kind(kinds, "triadapt", "a training step of TriAdaptLoRA beside LoRA's and AdaLoRA's"))
     _add_engine(_add_kind(kinds, "engine", "a 315M-parameter Llama beside transformers and llama.cpp"))
+    _add_adapters(_add_kind(kinds, "adapters", "an engine with adapters beside one without", plot=False))
     fields = _add_kind(kinds, "field-coding", "secret sharing over finite fields beside NumPy and galois", plot=False)
     fields.epilog = "examples:\n  anabranch bench field-coding --threads 1 --repeats 7 --markdown field_coding.md\n"
     _add_secagg(_add_kind(kinds, "secagg", "secure sums beside Flower's SecAgg primitives", plot=False))
@@ -189,6 +190,14 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="sequences at once (%(default)s)")
 
 
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  anabranch bench adapters --repeats 7
+"""
+    parser.add_argument("--batch", type=int, default=32, help="sequences at once (%(default)s)")
+    parser.add_argument("--adapters", type=int, default=16, help="of each kind (%(default)s)")
+
+
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """examples:
   anabranch bench serve                              random weights; 1, 8 and 32 clients
@@ -219,7 +228,7 @@ def _measure(args: argparse.Namespace) -> "Report":
     roofs = Roofs(read=read, flops=best_flops(size=64 if args.quick else 1024))
     kinds: dict[str, Callable[[argparse.Namespace, Roofs], Report]] = {
         "attention": _attention, "linear": _linear, "coordinate-rules": _coordinate_rules, "rank-lora": _rank_lora,
-        "triadapt": _triadapt, "engine": _engine,
+        "triadapt": _triadapt, "engine": _engine, "adapters": _adapters,
     }  # fmt: skip
     return kinds[args.kind](args, roofs)
 
@@ -388,6 +397,24 @@ def _engine(args: argparse.Namespace, roofs: "Roofs") -> "Report":
     weights = engine.count_weights(config) / 1e6
     title = f"Engines on one bfloat16 Llama of {weights:.0f} M random weights"
     return Report(title=title, machine=machine.describe(), samples=tuple(samples), absent=tuple(absent))
+
+
+def _adapters(args: argparse.Namespace, roofs: "Roofs") -> "Report":
+    from anabranch.bench import adapters, machine
+    from anabranch.bench.engine import LLAMA_315M, TINY
+    from anabranch.bench.report import Report
+
+    if args.batch < 1 or args.adapters < 1:
+        raise ValueError(f"--batch and --adapters must be at least 1, got {args.batch} and {args.adapters}")
+    batch, count = (4, 2) if args.quick else (args.batch, args.adapters)
+    samples = []
+    for config, steps in ((None, 64), (TINY if args.quick else LLAMA_315M, 8)):
+        steps = 3 if args.quick else steps
+        samples += adapters.measure_adapters(
+            config, roofs, batch=batch, adapters=count, new_tokens=steps, repeats=args.repeats
+        )
+    title = f"Decoding with adapters beside all linear layers, {batch} sequences"
+    return Report(title=title, machine=machine.describe(), samples=tuple(samples))
 
 
 def _serve(args: argparse.Namespace) -> "ServeReport":

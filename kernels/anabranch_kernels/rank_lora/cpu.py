@@ -15,6 +15,8 @@ from ..native import ISA, TYPES, extension
 from ..tensors import dense_rows
 from . import reference
 
+ALONE = 500_000  # products of a part that one thread has done before others have woken up
+
 
 def rank_lora_forward(
     x: Tensor, a: Tensor, b: Tensor, router: Tensor, bias: Tensor, places: Tensor, scales: Tensor, adapter_of: Tensor,
@@ -58,9 +60,10 @@ def add_fused_rank_lora(
     size, kind, y_row, tokens = a.itemsize, TYPES[a.dtype], y.stride(0), _rows(x)
     a_at, b_at, router_at, bias_at = a.data_ptr(), b.data_ptr(), router.data_ptr(), bias.data_ptr()
     places_at, scales_at, of_at, y_at = places.data_ptr(), scales.data_ptr(), adapter_of.data_ptr(), y.data_ptr()
-    sizes, threads = (len(x), A, R, G, chosen, active), torch.get_num_threads()
+    sizes, most_threads = (len(x), A, R, G, chosen, active), torch.get_num_threads()
     for at in range(0, len(parts), 3):
         p, begin, end = parts[at : at + 3]
+        threads = most_threads if len(x) * (rows + active) * (D + end - begin) > ALONE else 1
         extension.rank_lora(
             tokens, (a_at + p * R * D * size, kind, D, D), (b_at + begin * size, kind, O, end - begin),
             (router_at + p * G * D * size, kind, D, D), bias_at + p * G * 4, places_at + p * A * 24,

@@ -32,6 +32,16 @@ def test_a_quick_run_prints_a_table_and_writes_files(kind, tmp_path, capsys):
     assert all(path.stat().st_size > 0 for path in files.values())
 
 
+def test_a_quick_run_with_adapters_covers_both_models(tmp_path, capsys):
+    path = tmp_path / "table.json"
+    assert main(["bench", "adapters", "--quick", "--json", str(path)]) == 0
+    samples = json.loads(path.read_text())["samples"]
+    assert [sample["case"] for sample in samples[::4]] == ["package model, batch 4", "llama of 64, batch 4"]
+    assert all(sample["contender"] in capsys.readouterr().out for sample in samples[:1])
+    assert main(["bench", "adapters", "--adapters", "0"]) == 2
+    assert "--batch and --adapters must be at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options", [[], ["--cold", "--dtype", "bfloat16"]])
 def test_a_quick_run_over_files_compares_with_a_copy(options, tmp_path, capsys):
     path = tmp_path / "table.json"
