@@ -2,10 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
-from statistics import stdev
 
 import pytest
-from scipy.stats import t, ttest_1samp
 
 from anabranch.common.checkpoint import read_json, write_json
 from anabranch.train import study
@@ -43,20 +41,6 @@ def test_variants_of_a_seed_differ_in_heads_alone(tmp_path):
     heads = [(recipe.pop("k_heads"), recipe.pop("v_heads")) for recipe in recipes]
     assert heads == [(2, 8), (8, 8), (8, 2)]
     assert recipes[0] == recipes[1] == recipes[2]
-
-
-def test_the_interval_is_students(tmp_path):
-    differences = [0.3, 0.1, 0.35]
-    got = study.paired(differences)
-    low, high = ttest_1samp(differences, 0).confidence_interval(0.95)
-    assert got["mean"] == pytest.approx((low + high) / 2, abs=1e-5)
-    assert got["half_width_95"] == pytest.approx((high - low) / 2, abs=1e-4)  # the table has three decimals
-    assert got["sd"] == pytest.approx(stdev(differences), abs=1e-5)
-
-
-@pytest.mark.parametrize("freedom", study.T_95)
-def test_the_table_of_t_is_right(freedom):
-    assert study.T_95[freedom] == pytest.approx(t.ppf(0.975, freedom), abs=5e-4)
 
 
 def test_figures_are_paired_by_seed(runs):
