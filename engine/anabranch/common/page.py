@@ -4,15 +4,19 @@ from pathlib import Path
 
 from anabranch.common.files import replace_file
 
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
-
-def write_tables(path: Path, tables: str) -> None:
-    """Put tables between the two marks of a Markdown page, or write a page that is only them."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else f"{BEGIN}\n{END}\n"
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} must hold the lines {BEGIN!r} and {END!r}, between which the tables go")
-    page = f"{before}{BEGIN}\n{tables}{END}{after}"
+def write_tables(path: Path, tables: str, name: str = "tables") -> None:
+    """Put tables between the two marks of that name in a Markdown page, or write a page that is only them."""
+    begin, end = marks(name)
+    text = path.read_text(encoding="utf-8") if path.is_file() else f"{begin}\n{end}\n"
+    before, begun, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended:
+        raise ValueError(f"{path} must hold the lines {begin!r} and {end!r}, between which the tables go")
+    page = f"{before}{begin}\n{tables}{end}{after}"
     replace_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The lines before and behind what is replaced."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
