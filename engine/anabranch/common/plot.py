@@ -1,4 +1,4 @@
-"""Small PNGs: the loss of a run, the clients of an aggregation. Needs matplotlib: the optional extra `plot`."""
+"""Small PNGs of a run, an aggregation or a study. Needs matplotlib: the optional extra `plot`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -56,4 +56,30 @@ def draw_clients(
     figure.colorbar(image, ax=map_, label="distance", shrink=0.8)
     for axes, labels in ((bars, names), (map_, [""] * len(names))):
         axes.set_yticks(ticks, labels, fontsize="small")
+    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
+
+
+def draw_seeds(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], *, x: str, log: bool = True) -> None:
+    """Draw each seed's value as a dot and their mean as a bar, a row for each name and a panel for each title.
+
+    panels    title -> name -> values; all panels have the same names
+    log       a logarithmic axis; needs positive values
+    """
+    names = list(next(iter(panels.values())))
+    size = (2 + 4 * len(panels), 1.2 + 0.3 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, (title, rows) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+    ):
+        for row, name in enumerate(names):
+            values = rows[name]
+            axes.plot(values, [row] * len(values), ".", color="tab:blue", alpha=0.6)
+            axes.plot([sum(values) / len(values)], [row], "|", color="black", markersize=12)
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel(x)
+        axes.set_yticks(range(len(names)), names, fontsize="small")
+        axes.grid(alpha=0.3)
+        if log:
+            axes.set_xscale("log")
+    axes.invert_yaxis()  # shared
     replace_file(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
