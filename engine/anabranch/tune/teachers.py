@@ -73,8 +73,8 @@ def make_teachers(suite: Suite, generator: torch.Generator) -> Teachers:
     """Teachers in random directions."""
 
     def directions(count: int) -> Tensor:
-        square = torch.randn(suite.width, count, generator=generator, dtype=torch.float64)
-        return torch.linalg.qr(square).Q.T.float()
+        columns: Tensor = torch.linalg.qr(torch.randn(suite.width, count, generator=generator, dtype=torch.float64)).Q
+        return columns.T.float()
 
     read, written = directions(suite.components + suite.tasks), directions(suite.components)
     own = suite.rank - suite.shared
@@ -89,9 +89,12 @@ def make_teachers(suite: Suite, generator: torch.Generator) -> Teachers:
 def draw(suite: Suite, teachers: Teachers, tokens: int, generator: torch.Generator) -> Tokens:
     """That many tokens of random tasks; targets have energy R on average, whatever `own` is."""
     task = torch.randint(suite.tasks, (tokens,), generator=generator)
-    inputs, outputs = teachers.inputs[task], teachers.outputs[task]
+    of_task = torch.nn.functional.one_hot(task, suite.tasks)[:, :, None]  # [T, N, 1]
+    inputs, outputs = teachers.inputs.flatten(0, 1), teachers.outputs.flatten(0, 1)
     stretch = suite.own * suite.width / suite.rank
     content = (1 - suite.own) ** 0.5 * torch.randn(tokens, suite.width, generator=generator)
-    content += stretch**0.5 * torch.einsum("tr,trd->td", torch.randn(tokens, suite.rank, generator=generator), inputs)
-    along = torch.einsum("td,trd->tr", content, inputs) / (1 - suite.own + stretch) ** 0.5
-    return Tokens(content + teachers.codes[task], torch.einsum("tr,trd->td", along, outputs), task)
+    inner = of_task * torch.randn(tokens, 1, suite.rank, generator=generator)
+    content += stretch**0.5 * inner.flatten(1) @ inputs
+    along = of_task * (content @ inputs.T).view(tokens, suite.tasks, suite.rank)
+    y = along.flatten(1) @ outputs / (1 - suite.own + stretch) ** 0.5
+    return Tokens(content + teachers.codes[task], y, task)
