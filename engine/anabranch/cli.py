@@ -13,6 +13,7 @@ from anabranch.aggregate import command as aggregate
 from anabranch.aggregate.secure import command as secagg
 from anabranch.bench import command as bench
 from anabranch.convert import command as convert
+from anabranch.federated import command as federated
 from anabranch.federated import demo_command as demo
 from anabranch.serve import generate_command as generate
 from anabranch.serve import serve_command as serve
@@ -29,6 +30,7 @@ EXAMPLES = """examples:
   anabranch convert --help                         fewer K heads for a Llama, Mistral or Qwen2 checkpoint
   anabranch aggregate --help                       robust rules over many clients' safetensors files
   anabranch bench attention --quick                kernels against torch and this machine's bandwidth
+  anabranch federated --help                       federated methods on labels that are partly wrong
   anabranch demo robust                            20 clients learn to read digits, 6 of them hostile
 """
 COMMANDS = (
@@ -40,6 +42,7 @@ COMMANDS = (
     ("aggregate", "one safetensors file from many clients' by a robust rule", aggregate),
     ("secagg", "try out secure, verifiable sums of vectors", secagg),
     ("bench", "measure kernels and the engine beside their peers", bench),
+    ("federated", "train and compare federated methods on noisy labels", federated),
     ("demo", "show in some seconds what robust aggregation is good for", demo),
 )
 INTERRUPTED = 130  # 128 + SIGINT

@@ -110,4 +110,5 @@ def _truncated_normal(mean: Tensor, generator: torch.Generator) -> Tensor:
     """[n] float64: normal around `mean` [n] with deviation SPREAD, given that it lies in [0, 1]."""
     low, high = (torch.special.ndtr((bound - mean) / SPREAD) for bound in (0.0, 1.0))
     u = torch.rand(mean.shape, generator=generator, dtype=torch.float64)
-    return (mean + SPREAD * torch.special.ndtri(low + u * (high - low))).clamp(0.0, 1.0)
+    drawn: Tensor = mean + SPREAD * torch.special.ndtri(low + u * (high - low))
+    return drawn.clamp(0.0, 1.0)

@@ -1,0 +1,51 @@
+"""How good a network is: on a test that no client has."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anabranch.federated.networks.layout import Network, forward
+
+BATCH = 256  # samples in a pass; more gain nothing, and pictures' features would fill the memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """accuracy, and macro averages over the classes of precision, recall and F1, 0 where a class is never named;
+    loss in nats.
+    """
+
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    loss: float
+
+
+@torch.no_grad()
+def predict(network: Network, row: Tensor, x: Tensor) -> Tensor:
+    """Logits [M, C] of the network of a row [D] for x [M, ...]."""
+    parts = [forward(network, row[None], part[None]).logits[0] for part in x.split(BATCH)]
+    return torch.cat(parts)
+
+
+def score(logits: Tensor, y: Tensor) -> Scores:
+    """Logits [M, C] against y [M]."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    named = logits.argmax(1)
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        y.numpy(), named.numpy(), labels=range(logits.shape[1]), average="macro", zero_division=0
+    )
+    return Scores(
+        accuracy=float((named == y).double().mean()), precision=float(precision), recall=float(recall), f1=float(f1),
+        loss=float(F.cross_entropy(logits.double(), y)),
+    )  # fmt: skip
+
+
+def confusion(logits: Tensor, y: Tensor) -> Tensor:
+    """[C, C] int64: how many samples of each class (row) were named as each (column)."""
+    C = logits.shape[1]
+    return (y * C + logits.argmax(1)).bincount(minlength=C * C).view(C, C)

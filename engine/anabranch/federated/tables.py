@@ -1,0 +1,143 @@
+"""What a comparison came to: means with 95 % intervals over seeds, and differences from a baseline seed by seed."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from anabranch.federated.experiment import LAST, Course, Results
+
+BASELINE = "fedavg"
+LEVEL = 0.95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A mean, and half the width of its interval by Student's t; None of a single value, which says nothing of it."""
+
+    mean: float
+    half: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A network of a method under one noise.
+
+    accuracies   one a seed, each the mean of the last ten rounds
+    best         mean over seeds of the best round's: what stopping in time would have given
+    difference   of the accuracies from the baseline's first network, paired by seed; None for the baseline itself
+    f1, loss     means over seeds, of the last ten rounds
+    seconds      of a run's rounds, mean over seeds
+    """
+
+    method: str
+    noise: str
+    network: int
+    accuracies: list[float]
+    accuracy: Interval
+    best: float
+    difference: Interval | None
+    f1: float
+    loss: float
+    seconds: float
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Of independent values, taken to be normal."""
+    if len(values) < 2:
+        return Interval(mean=fmean(values), half=None)
+    from scipy.stats import t
+
+    quantile = float(t.ppf(0.5 + LEVEL / 2, len(values) - 1))
+    return Interval(mean=fmean(values), half=quantile * stdev(values) / len(values) ** 0.5)
+
+
+def rows_of(courses: Sequence[Course]) -> list[Row]:
+    """A row for each method, noise and network, in the order of the courses; only seeds that all methods have count."""
+    methods, noises = (list(dict.fromkeys(getattr(one, name) for one in courses)) for name in ("method", "noise"))
+    by_run = {(one.method, one.noise, one.seed): one for one in courses}
+    baseline = next((name for name in methods if name.partition(":")[0] == BASELINE), methods[0]) if methods else ""
+    rows = []
+    for noise in noises:
+        seeds = sorted({one.seed for one in courses if all((name, noise, one.seed) in by_run for name in methods)})
+        for method in methods if seeds else ():
+            runs = [by_run[method, noise, seed] for seed in seeds]
+            base = [by_run[baseline, noise, seed].last() for seed in seeds]
+            for network in range(len(runs[0].confusion)):
+                accuracies = [run.last(network=network) for run in runs]
+                apart = [a - b for a, b in zip(accuracies, base, strict=True)]
+                rows.append(Row(
+                    method=method, noise=noise, network=network, accuracies=accuracies, accuracy=interval(accuracies),
+                    best=fmean(max(scores[network]["accuracy"] for scores in run.rounds) for run in runs),
+                    difference=None if method == baseline and not network else interval(apart),
+                    f1=fmean(run.last("f1", network) for run in runs),
+                    loss=fmean(run.last("loss", network) for run in runs),
+                    seconds=fmean(run.seconds for run in runs),
+                ))  # fmt: skip
+    return rows
+
+
+def called(row: Row) -> str:
+    """The method, and which of its networks if it is not the first."""
+    return row.method if not row.network else f"{row.method} (network {row.network + 1})"
+
+
+def percent(value: Interval, *, signed: bool = False) -> str:
+    """`96.5 ± 0.6`, in hundredths."""
+    mean = f"{value.mean * 100:+.1f}" if signed else f"{value.mean * 100:.1f}"
+    return mean if value.half is None else f"{mean} ± {value.half * 100:.1f}"
+
+
+def about(results: Results) -> list[str]:
+    """What was compared, in sentences."""
+    plan, data = results.plan, results.data
+    s = plan.schedule
+    network = f"mlp of {', '.join(map(str, plan.hidden)) or 'no'} hidden" if plan.network == "mlp" else plan.network
+    return [
+        f"{data.name}: {len(data.y)} samples of {data.classes} classes, {len(data.test_y)} to test on; {plan.clients} "
+        f"clients, {s.cohort_size(plan.clients)} in a round, {plan.partition}; {network}; {s.rounds} rounds of "
+        f"{s.epochs} epochs, batches of {s.batch}, lr {s.lr:g}",
+        f"accuracy in % on the test, mean of the last {min(LAST, s.rounds)} rounds, ± 95 % of Student's t over "
+        f"{plan.seeds} seed{'s' * (plan.seeds != 1)}; beside it the difference from the baseline, paired by seed",
+        *(["stopped before all runs were done; go on with --resume"] if results.interrupted else []),
+    ]
+
+
+def grid(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """A header and a line for each method: its accuracies under each noise."""
+    noises = list(dict.fromkeys(row.noise for row in rows))
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        apart = f" ({percent(row.difference, signed=True)})" if row.difference else ""
+        cells.setdefault(called(row), {})[row.noise] = percent(row.accuracy) + apart
+    return [("method", *noises), *((name, *(of.get(noise, "–") for noise in noises)) for name, of in cells.items())]
+
+
+def to_text(results: Results) -> str:
+    """Columns for a terminal."""
+    lines = grid(rows_of(results.courses))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*about(results), "", shown[0], "-" * max(map(len, shown)), *shown[1:]])
+
+
+def to_markdown(results: Results) -> str:
+    """A table as GitHub shows it."""
+    header, *lines = grid(rows_of(results.courses))
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([
+        "# Federated learning with noisy labels", "", *(f"- {sentence}" for sentence in about(results)), "",
+        f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1), *table,
+    ]) + "\n"  # fmt: skip
+
+
+def numbers(results: Results) -> dict[str, Any]:
+    """Everything, for JSON."""
+    plan = results.plan
+    return {
+        "plan": {"methods": list(plan.method), "noise": list(plan.noise), "seeds": plan.seeds,
+                 "first_seed": plan.schedule.seed, "data": results.data.name, **plan.identity()},
+        "interrupted": results.interrupted,
+        "table": [asdict(row) for row in rows_of(results.courses)],
+        "runs": [asdict(course) for course in results.courses],
+    }  # fmt: skip
