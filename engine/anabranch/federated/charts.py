@@ -54,7 +54,7 @@ def heat_map(matrix: Sequence[Sequence[float]], names: Sequence[str], *, rows: s
     """Shares [C, C], each row with sum one; numbers are written where there is room for them."""
     C, shown = len(matrix), len(matrix) <= 20
     cell, top = (26 if shown else 520 / C), 22
-    left = 26 + 6.2 * min(10, max(map(len, names))) if shown else 22
+    left = 30 + 6.2 * min(10, max(map(len, names))) if shown else 22
     size = C * cell
     parts = [
         f'<text class="axis" x="{left + size / 2:.0f}" y="14" text-anchor="middle">{escape(columns)} →</text>',

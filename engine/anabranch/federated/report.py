@@ -17,7 +17,7 @@ STYLE = """
   --card: #1d2025; --good: #3fbf83; --bad: #ee6a5f; --c0: #6ea8f7; --c1: #f2a33c; --c2: #4cc38f; --c3: #ec77b6;
   --c4: #ac92ee; --c5: #4cc4d6; --c6: #cfa063; --c7: #f0796b; --c8: #9fb0c1; --c9: #b3d13c; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1060px; padding: 36px 24px 60px; background: var(--bg); color: var(--fg);
+body { margin: 0 auto; max-width: 1100px; padding: 36px 24px 60px; background: var(--bg); color: var(--fg);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
 h1 { font-size: 25px; margin: 0 0 12px; letter-spacing: -.01em; }
 h2 { font-size: 18px; margin: 44px 0 10px; } h3 { font-size: 13px; margin: 0 0 6px; font-weight: 600; }
