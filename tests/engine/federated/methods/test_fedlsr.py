@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as scipy_entropy
 
-from anabranch.federated.augment import augment
+from anabranch.federated import augment
 from anabranch.federated.method import FedAvg
 from anabranch.federated.methods import fedlsr
 from anabranch.federated.methods.fedlsr import FedLSR, divergence, entropy
@@ -17,8 +17,9 @@ from anabranch.federated.rounds import run_round
 from anabranch.federated.streams import Purpose
 
 
-def test_alone_and_together(same_alone_and_together):
-    same_alone_and_together(FedLSR(ramp=2))
+@pytest.mark.parametrize("augment", [False, True])
+def test_alone_and_together(same_alone_and_together, augment):
+    same_alone_and_together(FedLSR(ramp=2), augment=augment)
 
 
 def test_the_loss_is_the_formula(found_small):
@@ -28,7 +29,7 @@ def test_the_loss_is_the_formula(found_small):
         def loss(self, visit, rows, batch):
             found = FedLSR.loss(self, visit, rows, batch)
             z = [visit.see(rows, x).logits.double()
-                 for x in (batch.x, augment(batch.x, visit.streams, batch.number, 1))]  # fmt: skip
+                 for x in (batch.x, augment.augment(batch.x, visit.streams, batch.number, 1))]  # fmt: skip
             l = visit.streams.uniform(1, Purpose.MIX, batch.number).double()[..., None]
             p = l * z[0].softmax(-1) + (1 - l) * z[1].softmax(-1)
             sharp = p**2 / (p**2).sum(-1, keepdim=True)

@@ -4,9 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from anabranch.federated.digits import CLASSES, PIXELS, load_digits
 from anabranch.federated.method import FedAvg
 from anabranch.federated.methods.robustfl import RobustFL, class_means, gathered, moved
-from anabranch.federated.rounds import run_round
+from anabranch.federated.networks.layout import forward
+from anabranch.federated.networks.mlp import MLP
+from anabranch.federated.rounds import Holdings, found, run_round
+from anabranch.federated.schedule import Schedule
 
 GENERATOR = torch.Generator().manual_seed(3)
 
@@ -95,3 +99,21 @@ def test_settings_are_checked():
     for wrong in ({"forget": 1}, {"trust": -1}, {"pull": -0.5}):
         with pytest.raises(ValueError, match="forget"):
             RobustFL(**wrong)
+
+
+def test_pairwise_wrong_labels_are_not_learned():
+    """40 % of each client's labels name the class before; what counts is the margin, in points of accuracy."""
+    digits = load_digits(20, skew=0, generator=torch.Generator().manual_seed(0))
+    x, y = digits.x.flatten(0, 1), digits.y.clone()
+    wrong = 2 * y.shape[1] // 5  # the first of each client: these are shuffled already
+    y[:, :wrong] = (y[:, :wrong] - 1) % CLASSES
+    holdings = Holdings(x, y.flatten(), list(torch.arange(y.numel()).view(y.shape)))
+
+    def accuracy(method):
+        federation = found(method, MLP((PIXELS, 32, CLASSES)), holdings, Schedule(rounds=12))
+        for _ in range(12):
+            run_round(federation)
+        said = forward(federation.network, federation.server["model"], digits.test_x[None]).logits[0].argmax(1)
+        return float((said == digits.test_y).double().mean())
+
+    assert accuracy(RobustFL(forget=0.4, ramp=4, trust=4, pull=0)) > accuracy(FedAvg()) + 0.05
