@@ -10,8 +10,12 @@ Jiang et al., arXiv 2506.02079.
 From its code        all numbers; 30 rounds of the first stage; what is sent.
 Reconstructed here   the median is that of whole models, and exact (anabranch_kernels.geometric_median). The code takes
                      ten smoothed steps tensor by tensor: `per_tensor` has medians of tensors, exact too.
-Measured elsewhere   the first measurements of this method on the digits took one step of the labels fewer a round than
-                     stands above; label_repair.py repeats them with all steps.
+Measured             digits, 20 clients, ten of them with 60 % of the labels replaced, MLP 64-64-10, 40 rounds, found
+                     after 15, batches of 16, seed 0: FedAvg 93.4 %, the median alone 96.4, this 95.6, labels alone
+                     96.1, no mask 96.2, FedELC 96.4. The labels of those found go from 40 % right to 84, without the
+                     mask to 87, with FedELC to 90; but with lambda = 1000 on means of 16, steps of 62.5, only to 54, 42
+                     and 40: there the mask is what lets labels move. Earlier figures took one step of the labels fewer
+                     a round than stands above (57 % with steps of 62.5, seed 1).
 Shared               all else with FedELC (fedelc.py).
 
 Ablations   learn=False (the median alone; tau=0 for plain cross-entropy) · aggregation="mean" (the labels alone) ·
