@@ -63,10 +63,14 @@ class Batch(NamedTuple):
         """[N, B, ...] of these samples, of what is known of all, values [N, n, ...]."""
         return values[torch.arange(len(values))[:, None], self.which]
 
-    def put(self, values: Tensor, new: Tensor) -> None:
-        """Write new [N, B, ...] of those samples that count into values [N, n, ...]."""
+    def put(self, values: Tensor, new: Tensor, turn: Tensor | None = None) -> None:
+        """Write new [N, B, ...] of those samples that count into values [N, n, ...].
+
+        turn  [N, B] int64   values are [N, n, q, ...] then, and this is the entry of q to write
+        """
         client, place = self.real.nonzero(as_tuple=True)
-        values[client, self.which[client, place]] = new[client, place]
+        index = (client, self.which[client, place])
+        values[index if turn is None else (*index, turn[client, place])] = new[client, place]
 
 
 def pack(x: Tensor, y: Tensor, owned: list[Tensor]) -> Packed:

@@ -1,9 +1,4 @@
-"""Losses for labels of which some are wrong, sample by sample.
-
-logits   [..., C]
-y        [...] int64
-returns  [...]
-"""
+"""Losses for labels of which some are wrong, sample by sample."""
 
 import math
 
@@ -14,18 +9,12 @@ LEAST = 1e-4  # stands for zero in the logarithm of a one-hot label
 CLOSE = 1e-4  # how near to 0 and 1 predictions are taken to be where one minus them is in a logarithm
 
 
-def reverse_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """-sum_c p_c log q_c of a one-hot label q whose zeros are 1e-4: 9.2103 (1 - p_y), bounded and so robust.
+def reverse_cross_entropy(cross_entropy: Tensor) -> Tensor:
+    """-sum_c p_c log q_c of a one-hot label q whose zeros are 1e-4, from -log p_y: 9.2103 (1 - p_y), which is bounded.
 
     Symmetric cross-entropy, arXiv 1908.06112.
     """
-    return -math.log(LEAST) * (1 - logits.softmax(-1).gather(-1, y[..., None]).squeeze(-1))
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """-sum_c p_c log p_c, in nats."""
-    log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
+    return math.log(LEAST) * torch.expm1(-cross_entropy)
 
 
 def uniform_prior(mean: Tensor) -> Tensor:
@@ -36,16 +25,14 @@ def uniform_prior(mean: Tensor) -> Tensor:
     return -mean.clamp_min(torch.finfo(mean.dtype).tiny).log().mean(-1)
 
 
-def early_learning(logits: Tensor, targets: Tensor) -> Tensor:
-    """log(1 - <p, t>), t [..., C] what was predicted so far: falls as p agrees with it. ELR, arXiv 2007.00151."""
-    return torch.log1p(-(_inside(logits) * targets).sum(-1))
+def early_learning(logits: Tensor, past: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+    """log(1 - <p, t>), which falls as p agrees with t, what was predicted so far. ELR, arXiv 2007.00151.
 
-
-def early_targets(logits: Tensor, targets: Tensor, momentum: float) -> Tensor:
-    """What was predicted so far, this prediction included: momentum t + (1 - momentum) p, no slope."""
-    p = _inside(logits.detach())
-    return momentum * targets + (1 - momentum) * p / p.sum(-1, keepdim=True)
-
-
-def _inside(logits: Tensor) -> Tensor:
-    return logits.softmax(-1).clamp(CLOSE, 1 - CLOSE)
+    logits   [..., C]
+    past     [..., C]  t before this prediction; zeros at first
+    returns  [...] and t = momentum past + (1 - momentum) p [..., C], through which no slope goes
+    """
+    p = logits.softmax(-1).clamp(CLOSE, 1 - CLOSE)
+    seen = p.detach()
+    targets = momentum * past + (1 - momentum) * seen / seen.sum(-1, keepdim=True)
+    return torch.log1p(-(p * targets).sum(-1)), targets

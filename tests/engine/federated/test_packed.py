@@ -82,3 +82,13 @@ def test_samples_that_are_dropped_are_not_written():
     for batch in epoch(data, Streams(1, torch.arange(2), 0), 0, size=3, drop_last=True):
         batch.put(written, torch.ones(*batch.y.shape, 3))
     assert written.sum((1, 2)).tolist() == [9.0, 9.0]
+
+
+def test_turns_are_written_one_by_one():
+    data = pack(torch.zeros(7, 1), torch.arange(7), [torch.arange(0, 3), torch.arange(3, 7)])
+    written = torch.zeros(2, 4, 2, dtype=torch.int64)
+    for number in range(3):
+        for batch in epoch(data, Streams(1, torch.arange(2), 0), number, size=2, drop_last=False):
+            batch.put(written, batch.y + 10 * number, torch.full_like(batch.y, number % 2))
+    expected = torch.stack([data.y + 20, data.y + 10], -1)
+    assert torch.equal(written, torch.where(data.real[..., None], expected, 0))

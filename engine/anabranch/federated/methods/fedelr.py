@@ -20,7 +20,7 @@ from torch import Tensor
 from anabranch.federated.method import FedAvg, Visit, batch_mean, cross_entropy
 from anabranch.federated.networks.layout import Network
 from anabranch.federated.packed import Batch, Packed
-from anabranch.labels.losses import early_learning, early_targets
+from anabranch.labels.losses import early_learning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,6 @@ class FedELR(FedAvg):
 
     def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
         logits = visit.see(rows, batch.x).logits
-        early = early_targets(logits, batch.take(visit.kept["early"]), self.momentum)
+        penalty, early = early_learning(logits, batch.take(visit.kept["early"]), self.momentum)
         batch.put(visit.kept["early"], early)
-        return batch_mean(cross_entropy(logits, batch.y) + self.strength * early_learning(logits, early), batch)
+        return batch_mean(cross_entropy(logits, batch.y) + self.strength * penalty, batch)

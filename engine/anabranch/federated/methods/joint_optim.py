@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anabranch.federated.method import FedAvg, Visit, batch_mean, cross_entropy
+from anabranch.federated.method import FedAvg, Visit, batch_mean
 from anabranch.federated.networks.layout import Network
 from anabranch.federated.packed import Batch, Packed
-from anabranch.labels.losses import entropy, uniform_prior
+from anabranch.labels.losses import uniform_prior
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,17 +57,14 @@ class JointOptim(FedAvg):
         }
 
     def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
-        logits = visit.see(rows, batch.x).logits
-        self._remember(visit, logits.detach().softmax(-1), batch)
-        each = cross_entropy(logits, batch.take(visit.kept["labels"])) + self.beta * entropy(logits)
-        mean = (logits.softmax(-1) * batch.weight[..., None]).sum(1)
-        return batch_mean(each, batch) + self.alpha * batch.live * uniform_prior(mean)
-
-    def _remember(self, visit: Visit, p: Tensor, batch: Batch) -> None:
-        predicted, seen = batch.take(visit.kept["predicted"]), batch.take(visit.kept["seen"])
-        place = (seen % self.history)[..., None, None].expand_as(p[:, :, None])
-        batch.put(visit.kept["predicted"], predicted.scatter(2, place, p[:, :, None]))
+        log_p = visit.see(rows, batch.x).logits.log_softmax(-1)
+        p = log_p.exp()
+        seen = batch.take(visit.kept["seen"])
+        batch.put(visit.kept["predicted"], p.detach(), seen % self.history)
         batch.put(visit.kept["seen"], seen + 1)
+        each = -((batch.take(visit.kept["labels"]) + self.beta * p) * log_p).sum(-1)  # CE(s, p) + beta H(p)
+        prior = uniform_prior((p * batch.weight[..., None]).sum(1))
+        return batch_mean(each, batch) + self.alpha * batch.live * prior
 
     def end_epoch(self, visit: Visit, rows: Tensor, epoch: int) -> None:
         if visit.round < self.warm_up:

@@ -57,20 +57,14 @@ class SELFIE(FedAvg):
 
     def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
         logits = visit.see(rows, batch.x).logits
-        predicted, seen = self._remember(visit, logits.argmax(-1), batch)
+        seen = batch.take(visit.kept["seen"])
+        batch.put(visit.kept["predicted"], logits.argmax(-1).int(), seen % self.history)
+        batch.put(visit.kept["seen"], seen + 1)
         each = cross_entropy(logits, batch.y)
         if visit.round < self.warm_up:
             return batch_mean(each, batch)
-        mode, wavering = agreement(predicted, logits.shape[-1])
-        agreed = batch.real & (seen >= self.history) & (wavering <= self.threshold)
+        mode, wavering = agreement(batch.take(visit.kept["predicted"]), logits.shape[-1])
+        agreed = batch.real & (seen + 1 >= self.history) & (wavering <= self.threshold)
         chosen = small_losses(each.detach(), batch.real, self.rate) | agreed
         each = cross_entropy(logits, torch.where(agreed, mode, batch.y))
         return batch_mean(each, batch._replace(weight=mean_of(chosen)))
-
-    def _remember(self, visit: Visit, says: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Write down what the network says of a batch [N, B]; the latest predictions [N, B, q] and how many ever."""
-        predicted, seen = batch.take(visit.kept["predicted"]), batch.take(visit.kept["seen"])
-        predicted = predicted.scatter(2, (seen % self.history)[..., None], says[..., None].to(predicted.dtype))
-        batch.put(visit.kept["predicted"], predicted)
-        batch.put(visit.kept["seen"], seen + 1)
-        return predicted, seen + 1

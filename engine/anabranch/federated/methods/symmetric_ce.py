@@ -30,6 +30,5 @@ class SymmetricCE(FedAvg):
             raise ValueError(f"alpha and beta must not be negative, got {self.alpha} and {self.beta}")
 
     def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
-        logits = visit.see(rows, batch.x).logits
-        forward, reverse = cross_entropy(logits, batch.y), reverse_cross_entropy(logits, batch.y)
-        return batch_mean(self.alpha * forward + self.beta * reverse, batch)
+        forward = cross_entropy(visit.see(rows, batch.x).logits, batch.y)
+        return batch_mean(self.alpha * forward + self.beta * reverse_cross_entropy(forward), batch)
