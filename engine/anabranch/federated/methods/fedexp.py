@@ -11,6 +11,8 @@ From its code        FNBench's has p_k by samples. It measures D_k from the mode
                      of the whole way so far, and w begins there each time. A bug, and not offered.
 Reconstructed here   what is not trained (running statistics) takes the mean: a variance that is extrapolated can turn
                      negative.
+Not robust           where updates are mostly noise they are nearly orthogonal and eta is large: with 40 % of digits'
+                     labels moved down by one it came to 60.8 % where FedAvg came to 78.4 (20 clients, 30 rounds).
 Shared               Replies.mean and Replies.lengths: nothing more than a mean is kept of the clients' models.
 """
 
