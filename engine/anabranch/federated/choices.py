@@ -19,6 +19,27 @@ from anabranch.federated.networks.text import Text
 # Name: where its class is, and options that differ from the class's own.
 METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "fedavg": ("method.FedAvg", {}),
+    "fedprox": ("methods.fedprox.FedProx", {}),
+    "fedexp": ("methods.fedexp.FedExP", {}),
+    "trimmed-mean": ("methods.robust.Robust", {"method.rule": "trimmed-mean", "method.f": 3}),
+    "krum": ("methods.robust.Robust", {"method.rule": "krum", "method.f": 3}),
+    "median": ("methods.robust.Robust", {"method.rule": "coordinate-median"}),
+    "geometric-median": ("methods.robust.Robust", {}),
+    "robust": ("methods.robust.Robust", {}),
+    "clipping": ("methods.clipping.Clipping", {}),
+    "co-teaching": ("methods.coteaching.CoTeaching", {}),
+    "co-teaching-plus": ("methods.coteaching_plus.CoTeachingPlus", {}),
+    "symmetric-ce": ("methods.symmetric_ce.SymmetricCE", {}),
+    "selfie": ("methods.selfie.SELFIE", {}),
+    "joint-optim": ("methods.joint_optim.JointOptim", {}),
+    "dividemix": ("methods.dividemix.DivideMix", {}),
+    "robustfl": ("methods.robustfl.RobustFL", {}),
+    "fedlsr": ("methods.fedlsr.FedLSR", {}),
+    "fedrn": ("methods.fedrn.FedRN", {}),
+    "fednoro": ("methods.fednoro.FedNoRo", {}),
+    "fedelc": ("methods.fedelc.FedELC", {}),
+    "fedelr": ("methods.fedelr.FedELR", {}),
+    "maskedoptim": ("methods.maskedoptim.MaskedOptim", {}),
     "fedcfa": ("methods.fedcfa.FedCFA", {}),
 }
 NETWORKS = {"mlp": ("vector", "image"), "cnn": ("image",), "resnet18": ("image",), "text": ("text",)}

@@ -43,7 +43,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 def base_settings(model: Path, runs: Path, steps: int) -> TuneSettings:
     """What all runs share."""
     return TuneSettings(
-        model=model, data=runs / "train.jsonl", out=runs, targets=TARGETS, dtype="float32", context=128,
+        model=model, data=(runs / "train.jsonl",), out=runs, targets=TARGETS, dtype="float32", context=128,
         batch=4, steps=steps, evaluate_every=steps, progress=False,
     )  # fmt: skip
 
@@ -122,7 +122,7 @@ def untuned(base: TuneSettings) -> float:
     from anabranch.models.weights import load_model
     from anabranch.tune.job import mean_loss
 
-    examples = read_examples(base.out / "test.jsonl", load_tokenizer(base.model))
+    examples = list(read_examples([base.out / "test.jsonl"], load_tokenizer(base.model)))
     packs = Packs(examples, context=base.context, batch=base.batch, seed=0)
     return round(mean_loss(load_model(base.model, dtype=None, device="cpu"), packs), 5)
 
