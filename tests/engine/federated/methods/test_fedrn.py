@@ -12,7 +12,7 @@ from anabranch.federated.networks.layout import forward, linear
 from anabranch.federated.networks.mlp import MLP
 from anabranch.federated.networks.resnet import ResNet
 from anabranch.federated.networks.text import Text
-from anabranch.federated.packed import epoch, subset
+from anabranch.federated.packed import epoch, subset, with_samples
 from anabranch.federated.rounds import run_round
 
 
@@ -95,7 +95,7 @@ def test_heads_are_tuned_as_torch_does(found_small):
                     head.weight.copy_(views["1.weight"][i].T)
                     head.bias.copy_(views["1.bias"][i])
                 sgd = torch.optim.SGD(head.parameters(), lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
-                chosen = subset(visit.data._replace(x=features), clean)
+                chosen = subset(with_samples(visit.data, features), clean)
                 for batch in epoch(chosen, visit.streams, s.epochs, size=s.batch, drop_last=s.drop_last):
                     if batch.live[i]:
                         sgd.zero_grad()
