@@ -35,6 +35,7 @@ def run(arguments, *, cwd, **environment):
         "docs/aggregating.md",
         "docs/secure-aggregation.md",
         "docs/adapters.md",
+        "docs/federated-learning.md",
         "docs/serving.md",
     ],
 )

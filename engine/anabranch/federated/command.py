@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from importlib import import_module
@@ -157,7 +157,12 @@ def list_methods() -> str:
     return "\n".join(lines)
 
 
-def _options(cls: Any, presets: Any) -> Sequence[str]:
-    defaults = asdict(cls())
-    given = {**defaults, **presets}
-    return [f"    {', '.join(f'{name}={value}' for name, value in given.items())}"] if given else []
+def _options(cls: Any, presets: Mapping[str, Any]) -> Sequence[str]:
+    """The options that have a value, those of an option with its name and a dot before."""
+    from anabranch.federated.options import make
+
+    told = []
+    for name, value in asdict(make(cls, presets, what=cls.__name__)).items():
+        inner = {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
+        told += [f"{key}={x}" for key, x in inner.items() if x is not None and x != ()]
+    return [f"    {', '.join(told)}"] if told else []
