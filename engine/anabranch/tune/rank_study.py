@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model", type=Path, help="model folder for texts: a small Llama such as stories260k")
     add("--data", type=Path, help="folder that holds ag-news and banking77")
     add("--seeds", type=int, nargs="+", help="(default: 0 to 4 for teachers, 0 to 2 for texts)")
-    add("--steps", type=int, help="of each run (default: 200 for teachers, 100 for texts)")
+    add("--steps", type=int, help="of each run (default: 200 for teachers, 150 for texts)")
     add("--threads", type=int, default=1, help="threads torch computes with (default: %(default)s)")
     add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show a progress bar")
     args = parser.parse_args(argv)
