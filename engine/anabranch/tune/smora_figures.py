@@ -223,19 +223,15 @@ def _pairs(figures: Mapping[str, Any]) -> str:
 
 def _conditions(figures: Mapping[str, Any]) -> str:
     first = figures["varied"][0]
-    methods = list(first["left"])
-    rows = [
-        [
-            row["suite"],
-            row["condition"],
-            *(f"{row['left'][method]['mean']:.2f}" for method in methods),
-            *(interval(row["smora_minus"][method], "+.2f") for method in methods if method != "smora"),
-        ]
-        for row in figures["varied"]
-    ]
-    heads = [*methods, *(f"smora minus {method}" for method in methods if method != "smora")]
-    seeds = len(first["smora_minus"][methods[0]]["differences"])
-    return f"Left to learn under other conditions, {seeds} seeds:\n\n" + table(("contents", "", *heads), rows)
+    rows = []
+    for row in figures["varied"]:
+        said = {method: verdict(pair) for method, pair in row["smora_minus"].items()}
+        named = [", ".join(m for m, word in said.items() if word == wanted) or "–" for wanted in ("better", "worse")]
+        means = [f"{left['mean']:.2f}" for left in row["left"].values()]
+        rows.append([row["suite"], row["condition"], *means, *named])
+    seeds = len(next(iter(first["smora_minus"].values()))["differences"])
+    heads = ("contents", "", *first["left"], "smora is better than", "and worse than")
+    return f"Left to learn under other conditions, {seeds} seeds:\n\n" + table(heads, rows)
 
 
 def verdict(row: Mapping[str, Any]) -> str:

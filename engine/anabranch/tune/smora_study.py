@@ -31,12 +31,13 @@ SUITES = {"one distribution": Suite(own=0.0), "own distributions": Suite(own=0.9
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 VALIDATION = 1000  # the seed whose teachers choose the rates
 BALANCES = {"smora": (0.0, 1e-5, 1e-4, 1e-3), "smora, softmax": (0.0, 1e-3)}
-VARIED = ("experts 8x8, Switch", "smora")
+VARIED = ("lora-64", "experts 8x8, Switch", "blocks of 4", "blocks of 2", "smora")
 VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     "code of length 4": {"code": 4.0},
     "code of length 16": {"code": 16.0},
     "nothing shared": {"shared": 0},
     "twice the steps": {"steps": 2},
+    "twice the steps, a third of the rate": {"steps": 2, "slower": 3.0},
 }
 SEEDS_VARIED = 3  # the first of them
 
@@ -87,8 +88,8 @@ def varied(runs: Iterable[TeacherRun], seeds: Sequence[int]) -> dict[str, list[T
     return {name: [_changed(run, **changes) for run in base] for name, changes in VARIATIONS.items()}
 
 
-def _changed(run: TeacherRun, *, steps: int = 1, **suite: Any) -> TeacherRun:
-    return replace(run, steps=steps * run.steps, suite=replace(run.suite, **suite))
+def _changed(run: TeacherRun, *, steps: int = 1, slower: float = 1.0, **suite: Any) -> TeacherRun:
+    return replace(run, steps=steps * run.steps, lr=run.lr / slower, suite=replace(run.suite, **suite))
 
 
 def run_all(runs: Sequence[TeacherRun], folder: Path, bar: "tqdm[Any]") -> Results | None:

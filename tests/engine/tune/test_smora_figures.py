@@ -63,6 +63,8 @@ def test_the_page_says_what_the_figures_say(parts):
     page = markdown(collect(**parts))
     assert "| one distribution | smora minus lora-8 | -29.40 | -30.89 to -27.91 | better |" in page
     assert "| own distributions | smora | 0.410 | 0.100 | +0.310 | +0.285 to +0.335 |" in page
+    better = "lora-64, experts 8x8, Switch, blocks of 4, blocks of 2"
+    assert f"| one distribution | twice the steps | 40.20 | 30.40 | 25.50 | 20.60 | 15.70 | {better} | – |" in page
     assert "means of 3 seeds after 10 steps of 128 tokens" in page
 
 

@@ -19,6 +19,7 @@ def small(monkeypatch):
     monkeypatch.setattr(study, "SUITES", {name: Suite(own=s.own, **size) for name, s in study.SUITES.items()})
     monkeypatch.setattr(study, "RATES", (1e-3, 1e-2))
     monkeypatch.setattr(teacher_run, "MEASURED", 64)
+    monkeypatch.setattr(study, "VARIED", ("lora-64", "smora"))
 
 
 @pytest.fixture
@@ -60,7 +61,8 @@ def test_one_condition_is_changed_at_a_time():
     for some in conditions.values():
         assert {run.seed for run in some} == {0, 1, 2}
         assert {run.method for run in some} == set(study.VARIED)
-    assert {run.steps for run in conditions["twice the steps"]} == {20}
+    assert {(run.steps, run.lr) for run in conditions["twice the steps"]} == {(20, 0.5)}
+    assert {(run.steps, run.lr) for run in conditions["twice the steps, a third of the rate"]} == {(20, 0.5 / 3)}
     assert {(r.suite.code, r.steps) for r in conditions["code of length 4"]} == {(4.0, 10)}
     assert {run.suite.components for run in conditions["nothing shared"]} == {32}
 
