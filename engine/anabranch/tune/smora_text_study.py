@@ -26,7 +26,7 @@ from anabranch.tune.texts import write_texts
 
 INTERRUPTED = 130  # 128 + SIGINT
 REPORT = "tuning.json"
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 VALIDATION = 1000  # the seed that chooses the rates
 TARGETS = ("gate_proj", "up_proj", "down_proj")
 
