@@ -38,6 +38,7 @@ VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     "nothing shared": {"shared": 0},
     "twice the steps": {"steps": 2},
     "twice the steps, a third of the rate": {"steps": 2, "slower": 3.0},
+    "four times the steps": {"steps": 4},
 }
 SEEDS_VARIED = 3  # the first of them
 
