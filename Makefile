@@ -86,6 +86,8 @@ bench: $(READY)
 	$(BIN)/anabranch bench aggregate --repeats 5 --json $(RESULTS)/aggregate.json --markdown $(RESULTS)/aggregate.md
 	$(BIN)/anabranch bench field-coding --threads 1 --repeats 7 --json $(RESULTS)/field_coding.json --markdown $(RESULTS)/field_coding.md
 	$(BIN)/anabranch bench rank-lora --json $(RESULTS)/rank_lora.json --markdown $(RESULTS)/rank_lora.md --plot $(RESULTS)/rank_lora.png
+	$(BIN)/anabranch bench triadapt --threads 1 --repeats 20 --rows 512 2048 --layers 2 --json $(RESULTS)/triadapt.json --markdown $(RESULTS)/triadapt.md
+	$(BIN)/anabranch bench adapters --repeats 7 --json $(RESULTS)/adapters.json --markdown $(RESULTS)/adapters.md
 	$(BIN)/anabranch bench secagg --json $(RESULTS)/secagg.json --markdown $(RESULTS)/secagg.md
 	$(BIN)/anabranch bench serve --repeats 3 --json $(RESULTS)/serve.json --markdown $(RESULTS)/serve.md
 
