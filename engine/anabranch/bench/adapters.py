@@ -26,6 +26,8 @@ from anabranch.models.transformer import DenseAttend
 from anabranch.models.weights import load_model
 
 SHIPPED = Path(anabranch.__file__).parent / "assets" / "pystdlib-diffqkv"
+# In bfloat16 ranks at the border of the k best go in and out by rounding; random routers have many there.
+ROUTED_AGREEMENT = 0.25
 CONTEXT = 65  # tokens of a prompt: one block, which is cached, and one more
 
 
@@ -76,7 +78,8 @@ def measure_adapters(
         model = adapted.engine.runner.model.config
         prompts = list(islice(random_prompts(model.vocab_size, CONTEXT), batch))
         for peer in peers[1:]:
-            check_against_the_model(peer, folder, folders[peer.names[0] or ""], prompts[0])
+            allowed = ROUTED_AGREEMENT if "SMoRA" in peer.name else AGREEMENT
+            check_against_the_model(peer, folder, folders[peer.names[0] or ""], prompts[0], allowed=allowed)
         for peer in peers:
             peer.start(prompts)
         runs: list[Callable[[], float]] = [partial(peer.decode, new_tokens) for peer in peers]
@@ -107,7 +110,9 @@ def _named(
     return RankLora(inputs, outputs, settings, dtype=dtype, generator=generator)
 
 
-def check_against_the_model(peer: AdaptedPeer, folder: Path, adapter: Path, prompt: list[int]) -> None:
+def check_against_the_model(
+    peer: AdaptedPeer, folder: Path, adapter: Path, prompt: list[int], *, allowed: float = AGREEMENT
+) -> None:
     """ValueError if the engine expects other tokens than the model with the adapter attached."""
     model = load_model(folder)
     load_adapters(model, adapter)
@@ -115,5 +120,5 @@ def check_against_the_model(peer: AdaptedPeer, folder: Path, adapter: Path, prom
         hidden = model(torch.tensor(prompt), torch.arange(len(prompt)), DenseAttend(1))
         expected = model.logits(hidden[-1:])[0].log_softmax(0)
     distance = float((peer.logprobs(prompt) - expected).norm() / (expected - expected.mean()).norm())
-    if not distance <= AGREEMENT:  # NaN must fail too
-        raise ValueError(f"{peer.name}: logarithms are {distance:.2f} of their spread from the model's, {AGREEMENT=}")
+    if not distance <= allowed:  # NaN must fail too
+        raise ValueError(f"{peer.name}: logarithms are {distance:.2f} of their spread from the model's, {allowed=}")

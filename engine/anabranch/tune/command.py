@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save-merged", type=Path, metavar="DIR", help="write the whole model, adapters added to its weights")
     add("--method", choices=METHODS, default="lora", help="(default: %(default)s)")
     add("--targets", nargs="+", default=["*"], help="layers: names, ends, patterns (default: all linear layers)")
-    add("--chosen", type=int, help="experts, smora: blocks that a token picks (default: an eighth)")
+    add("--chosen", type=int, help="experts, smora: blocks that a token picks (default: an eighth, at least two)")
     add("--gate", choices=GATES, default=defaults["gate"], help="experts, smora: (default: %(default)s)")
     add("--orthogonality", type=float, help="triadapt, adalora: weight of the penalty (default: 0; adalora: 0.5)")
     add("--dtype", choices=DTYPES, default="auto", help="of the model's own weights (default: as stored)")

@@ -151,7 +151,9 @@ class _Run:
             )  # fmt: skip
             return lambda name, inputs, outputs: AdaLora(inputs, outputs, pruned, device=s.device, generator=random)
         block = s.block if s.method == "experts" else 1
-        chosen = None if s.method == "lora" else s.chosen or max(1, s.rank // block // 8)
+        blocks = s.rank // block
+        # the gate of a single picked block is always one, and its router would learn nothing
+        chosen = None if s.method == "lora" else s.chosen or min(blocks, max(2, blocks // 8))
         made = RankLoraSettings(ranks=s.rank, chosen=chosen, block=block, gate=s.gate, alpha=s.alpha, balance=s.balance)
         return lambda name, inputs, outputs: RankLora(inputs, outputs, made, device=s.device, generator=random)
 

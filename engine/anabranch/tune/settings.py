@@ -28,7 +28,7 @@ class TuneSettings:
     save_merged  a folder for the whole model with the adapters added to its weights
     targets      layers to adapt: names, ends or patterns
     rank         r of each layer; for triadapt and adalora the mean at the end
-    chosen       blocks that a token picks; None: an eighth of them, at least one
+    chosen       blocks that a token picks; None: an eighth of them, at least two
     block        ranks of an expert
     alpha        scale of the branch: alpha / rank for lora and triadapt, alpha / initial rank for adalora, alpha where
                  gates sum to one
