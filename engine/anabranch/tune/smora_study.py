@@ -7,7 +7,6 @@ a seed all methods see the same teachers and tokens. Finished runs are skipped, 
 is done.
 """
 
-import argparse
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,18 +17,15 @@ from typing import Any
 from tqdm import tqdm
 
 from anabranch.common.checkpoint import read_json, write_json
-from anabranch.common.files import check_targets
 from anabranch.common.interrupt import interruptible
-from anabranch.common.page import write_tables
+from anabranch.tune.smora_door import VALIDATION, parse, publish, study_parser
 from anabranch.tune.smora_figures import collect, markdown
 from anabranch.tune.teacher_run import METHODS, TeacherRun, learn
 from anabranch.tune.teachers import Suite
 
-INTERRUPTED = 130  # 128 + SIGINT
-
+TABLES = "teachers"
 SUITES = {"one distribution": Suite(own=0.0), "own distributions": Suite(own=0.9)}
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-VALIDATION = 1000  # the seed whose teachers choose the rates
 BALANCES = {"smora": (0.0, 1e-5, 1e-4, 1e-3), "smora, softmax": (0.0, 1e-3)}
 VARIED = ("lora-64", "experts 8x8, Switch", "blocks of 4", "blocks of 2", "smora")
 VARIATIONS: Mapping[str, Mapping[str, Any]] = {
@@ -126,48 +122,25 @@ def study(folder: Path, seeds: Sequence[int], steps: int, *, progress: bool = Tr
     return collect(SUITES, tried, runs, balanced(runs), others, done)
 
 
+def draw(path: Path, figures: Mapping[str, Any]) -> None:
+    """What is left to learn, each seed a dot."""
+    from anabranch.common.plot import draw_seeds
+
+    panels = {
+        suite: {row["method"]: row["left"] for row in figures["methods"] if row["suite"] == suite} for suite in SUITES
+    }
+    draw_seeds(path, panels, x="% of the targets left to learn (log)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train what is missing, then write the figures; 130 when interrupted."""
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m anabranch.tune.smora_study",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--json", type=Path, required=True, help="figures go here")
-    parser.add_argument("--report", type=Path, help="Markdown page whose tables named `teachers` are replaced")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (needs matplotlib)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default: 0 1 2 3 4")
-    parser.add_argument("--steps", type=int, default=300, help="steps of each run (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="threads torch computes with (default: 1)")
-    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="show a progress bar")
-    args = parser.parse_args(argv)
-    if len(set(args.seeds)) != len(args.seeds) or VALIDATION in args.seeds:
-        parser.error(f"seeds must differ from each other and from {VALIDATION}, which chooses the rates")
-    if args.plot:
-        from anabranch.common import plot  # fails now rather than after minutes, when matplotlib is missing
-    check_targets(path for path in (args.json, args.report, args.plot) if path)
+    args = parse(study_parser("anabranch.tune.smora_study", __doc__, tables=TABLES, seeds=range(5), steps=300), argv)
 
     import torch
 
     torch.set_num_threads(args.threads)
     figures = study(args.runs, args.seeds, args.steps, progress=args.progress)
-    if figures is None:
-        print("stopped; the same command goes on")
-        return INTERRUPTED
-    write_json(args.json, figures)
-    if args.report:
-        write_tables(args.report, markdown(figures), "teachers")
-    if args.plot:
-        panels = {
-            suite: {row["method"]: row["left"] for row in figures["methods"] if row["suite"] == suite}
-            for suite in SUITES
-        }
-        plot.draw_seeds(args.plot, panels, x="% of the targets left to learn (log)")
-    print(markdown(figures))
-    return 0
+    return publish(args, figures, page=markdown, tables=TABLES, draw=draw)
 
 
 if __name__ == "__main__":

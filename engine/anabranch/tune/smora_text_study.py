@@ -7,7 +7,6 @@ examples that nothing else is measured on. Finished runs are skipped and an unfi
 be repeated until it is done. DIR holds the data sets that anabranch/tune/texts.py names.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +15,16 @@ from typing import Any
 from tqdm import tqdm
 
 from anabranch.common import run_state
-from anabranch.common.checkpoint import read_json, write_json
-from anabranch.common.files import check_targets
-from anabranch.common.page import write_tables
+from anabranch.common.checkpoint import read_json
 from anabranch.common.paired import paired, spread
 from anabranch.tune.settings import TuneSettings
+from anabranch.tune.smora_door import VALIDATION, parse, publish, study_parser
 from anabranch.tune.smora_figures import interval, table, verdict
 from anabranch.tune.texts import write_texts
 
-INTERRUPTED = 130  # 128 + SIGINT
+TABLES = "texts"
 REPORT = "tuning.json"
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-VALIDATION = 1000  # the seed that chooses the rates
 TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 # As in the study of teachers, a rank in use has the same scale everywhere: 2.
@@ -152,31 +149,20 @@ def _or_dash(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
+def draw(path: Path, figures: Mapping[str, Any]) -> None:
+    """The losses, each seed a dot."""
+    from anabranch.common.plot import draw_seeds
+
+    losses = {row["method"]: row["loss"] for row in figures["methods"]}
+    draw_seeds(path, {figures["model"]: losses}, x="held-out nats per token", log=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train what is missing, then write the figures; 130 when interrupted."""
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m anabranch.tune.smora_text_study",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = study_parser("anabranch.tune.smora_text_study", __doc__, tables=TABLES, seeds=range(3), steps=120)
     parser.add_argument("model", type=Path, help="model folder")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the data sets")
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the examples and runs")
-    parser.add_argument("--json", type=Path, required=True, help="figures go here")
-    parser.add_argument("--report", type=Path, help="Markdown page whose tables named `texts` are replaced")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (needs matplotlib)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--steps", type=int, default=120, help="steps of each run (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="threads torch computes with (default: 1)")
-    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True, help="show a progress bar")
-    args = parser.parse_args(argv)
-    if len(set(args.seeds)) != len(args.seeds) or VALIDATION in args.seeds:
-        parser.error(f"seeds must differ from each other and from {VALIDATION}, which chooses the rates")
-    if args.plot:
-        from anabranch.common import plot  # fails now rather than after minutes, when matplotlib is missing
-    check_targets(path for path in (args.json, args.report, args.plot) if path)
+    args = parse(parser, argv)
     try:
         write_texts(args.data, args.runs)
     except ValueError as error:
@@ -186,17 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(args.threads)
     figures = study(base_settings(args.model, args.runs, args.steps), args.seeds, progress=args.progress)
-    if figures is None:
-        print("stopped; the same command goes on")
-        return INTERRUPTED
-    write_json(args.json, figures)
-    if args.report:
-        write_tables(args.report, markdown(figures), "texts")
-    if args.plot:
-        losses = {row["method"]: row["loss"] for row in figures["methods"]}
-        plot.draw_seeds(args.plot, {figures["model"]: losses}, x="held-out nats per token", log=False)
-    print(markdown(figures))
-    return 0
+    return publish(args, figures, page=markdown, tables=TABLES, draw=draw)
 
 
 if __name__ == "__main__":

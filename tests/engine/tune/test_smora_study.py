@@ -8,6 +8,7 @@ from anabranch.common.checkpoint import read_json
 from anabranch.common.page import marks
 from anabranch.tune import smora_study as study
 from anabranch.tune import teacher_run
+from anabranch.tune.smora_door import INTERRUPTED
 from anabranch.tune.teacher_run import METHODS, TeacherRun
 from anabranch.tune.teachers import Suite
 
@@ -112,7 +113,7 @@ def test_an_interrupted_study_leaves_its_runs_and_no_figures(small, arguments, t
     learn = study.learn
     monkeypatch.setattr(study, "interruptible", Interrupted)
     monkeypatch.setattr(study, "learn", lambda run: asked.set() or learn(run))
-    assert study.main(arguments) == study.INTERRUPTED
+    assert study.main(arguments) == INTERRUPTED
     assert capsys.readouterr().out == "stopped; the same command goes on\n"
     assert len(list((tmp_path / "runs").iterdir())) == 1
     assert not (tmp_path / "x.json").exists()

@@ -12,6 +12,7 @@ from anabranch.models.transformer import Transformer
 from anabranch.models.weights import save_model
 from anabranch.train.tokenizer import write_tokenizer
 from anabranch.tune import smora_text_study as study
+from anabranch.tune.smora_door import INTERRUPTED
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_the_command_trains_what_is_missing_and_says_the_same_again(arguments, t
 
 def test_an_interrupted_run_ends_the_study_without_figures(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "loss_of", lambda settings: None)
-    assert study.main(arguments) == study.INTERRUPTED
+    assert study.main(arguments) == INTERRUPTED
     assert capsys.readouterr().out == "stopped; the same command goes on\n"
     assert not (tmp_path / "x.json").exists()
 
