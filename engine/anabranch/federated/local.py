@@ -52,13 +52,12 @@ def slope_of(method: FedAvg, visit: Visit, rows: Tensor, batch: Batch) -> list[T
     visit.leaves = leaf, views
     loss = descended(method, visit, leaf, batch)
     trained = list(views.values())[: layout.tensors_trained]
-    whole, *slopes = torch.autograd.grad(loss, [leaf, *trained], allow_unused=True, materialize_grads=False)
+    whole, *slopes = torch.autograd.grad(loss, [leaf, *trained], allow_unused=True)
     visit.leaves = None
     if whole is None:
         return [torch.zeros_like(view) if slope is None else slope for view, slope in zip(trained, slopes, strict=True)]
-    added = list(
-        layout.views(whole).values()
-    )  # what a method makes of the row itself, such as its distance from another
+    # What a method makes of the row itself, such as its distance from another, comes beside.
+    added = list(layout.views(whole).values())
     return [more if slope is None else slope + more for slope, more in zip(slopes, added, strict=False)]
 
 

@@ -53,8 +53,7 @@ class TwoStages(FedAvg):
         """noisy [K] bool: nobody yet; sizes [L] int64: of the tensors of a row, for what is done tensor by tensor."""
         if clients < 2:
             raise ValueError(f"noisy clients are told from others, so there must be two at least, got {clients}")
-        sizes = [shape.numel() for shape in map(torch.Size, network.layout.shapes.values())]
-        return {"noisy": torch.zeros(clients, dtype=torch.bool), "sizes": torch.tensor(sizes)}
+        return {"noisy": torch.zeros(clients, dtype=torch.bool), "sizes": torch.tensor(network.layout.sizes)}
 
     def send(self, server: Tensors, clients: Tensor, round: int) -> dict[str, Tensor]:
         return {"noisy": server["noisy"][clients]}

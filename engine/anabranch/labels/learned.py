@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anabranch.labels.selection import smallest
+
 
 class Slopes(NamedTuple):
     """The loss of each sample and what it falls by.
@@ -65,14 +67,11 @@ def merged(labels: Tensor, logits: Tensor, certainty: float) -> Tensor:
     return certainty * (labels.softmax(-1) + logits.softmax(-1)) / 2
 
 
-def smallest(losses: Tensor, real: Tensor, share: float) -> Tensor:
+def share_of_smallest(losses: Tensor, real: Tensor, share: float) -> Tensor:
     """Which samples of each batch have its int(share * size) smallest losses; of equal ones the first.
 
     losses  [N, B]
     real    [N, B] bool   samples that count; the others are never chosen
     returns [N, B] bool
     """
-    order = losses.masked_fill(~real, torch.inf).argsort(dim=1, stable=True)
-    wanted = (share * real.sum(1, keepdim=True).double()).long()
-    ranks = torch.arange(losses.shape[1]).expand_as(order)
-    return torch.zeros_like(real).scatter_(1, order, ranks < wanted) & real
+    return smallest(losses, real, (share * real.sum(1, keepdim=True).double()).long())

@@ -22,9 +22,13 @@ def small_losses(losses: Tensor, real: Tensor, forget: float) -> Tensor:
     returns [N, B] bool   of equal losses the first are kept
     """
     n = real.sum(1, keepdim=True)
-    kept = n - (forget * n.double() + ROUNDING).long()
+    return smallest(losses, real, n - (forget * n.double() + ROUNDING).long())
+
+
+def smallest(losses: Tensor, real: Tensor, wanted: Tensor) -> Tensor:
+    """[N, B] bool: the `wanted` [N, 1] int64 of the smallest losses [N, B] among those that are real [N, B] bool."""
     order = losses.masked_fill(~real, math.inf).argsort(dim=1, stable=True)
-    ranked = torch.arange(losses.shape[1]) < kept
+    ranked = torch.arange(losses.shape[1]) < wanted
     # a loss that is no number is ranked behind those of the others, even behind those that are not real
     return torch.zeros_like(real).scatter(1, order, ranked) & real
 

@@ -136,10 +136,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train what is missing, then write the figures; 130 when interrupted."""
     args = parse(study_parser("anabranch.tune.smora_study", __doc__, tables=TABLES, seeds=range(5), steps=300), argv)
 
-    import torch
+    from anabranch.common.threads import torch_threads
 
-    torch.set_num_threads(args.threads)
-    figures = study(args.runs, args.seeds, args.steps, progress=args.progress)
+    with torch_threads(args.threads):
+        figures = study(args.runs, args.seeds, args.steps, progress=args.progress)
     return publish(args, figures, page=markdown, tables=TABLES, draw=draw)
 
 

@@ -168,10 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
 
-    import torch
+    from anabranch.common.threads import torch_threads
 
-    torch.set_num_threads(args.threads)
-    figures = study(base_settings(args.model, args.runs, args.steps), args.seeds, progress=args.progress)
+    with torch_threads(args.threads):
+        figures = study(base_settings(args.model, args.runs, args.steps), args.seeds, progress=args.progress)
     return publish(args, figures, page=markdown, tables=TABLES, draw=draw)
 
 

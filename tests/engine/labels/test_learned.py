@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anabranch.labels.learned import first_labels, merged, slopes, smallest
+from anabranch.labels.learned import first_labels, merged, share_of_smallest, slopes
 
 
 def drawn(seed, *shape, scale=3.0, dtype=torch.float64):
@@ -83,6 +83,6 @@ def test_merging_what_agrees_is_sure_of_it():
 def test_the_smallest_are_as_many_as_wanted_and_ties_go_to_the_first(losses, padding, share):
     row = torch.tensor([losses + [0] * padding], dtype=torch.float32)
     real = torch.arange(row.shape[1])[None] < len(losses)
-    chosen = smallest(row, real, share)[0].nonzero().flatten().tolist()
+    chosen = share_of_smallest(row, real, share)[0].nonzero().flatten().tolist()
     expected = sorted(range(len(losses)), key=lambda i: (losses[i], i))[: int(share * len(losses))]
     assert chosen == sorted(expected)

@@ -153,7 +153,7 @@ def means_of_groups(data: Packed, size: int, network: Network, order: Tensor) ->
         raise ValueError(f"FedCFA sends means of samples, which {data.source.dtype} samples do not have")
     N, n = data.y.shape
     G = -(-n // size)
-    real = torch.arange(n) < data.counts[:, None]
+    real = data.real
     who, group = torch.arange(N)[:, None].expand(N, n)[real], (torch.arange(n) // size).expand(N, n)[real]
     place, mine = who * G + group, order[real]
     sizes = torch.bincount(place, minlength=N * G)

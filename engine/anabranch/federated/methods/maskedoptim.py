@@ -31,7 +31,7 @@ from anabranch.federated.distance_aware import distance_aware
 from anabranch.federated.method import Replies, Tensors, Visit, cross_entropy
 from anabranch.federated.methods.fedelc import FedELC
 from anabranch.federated.packed import Batch
-from anabranch.labels.learned import smallest
+from anabranch.labels.learned import share_of_smallest
 from anabranch_kernels.geometric_median.op import geometric_median
 
 AGGREGATIONS = ("geometric-median", "distance-aware", "mean")
@@ -62,7 +62,7 @@ class MaskedOptim(FedELC):
             raise ValueError(f"unknown aggregation {self.aggregation!r}; choose one of {list(AGGREGATIONS)}")
 
     def held(self, logits: Tensor, batch: Batch) -> Tensor:
-        return smallest(cross_entropy(logits, batch.y), batch.real, self.held_share)
+        return share_of_smallest(cross_entropy(logits, batch.y), batch.real, self.held_share)
 
     def end(self, visit: Visit, rows: Tensor) -> Tensor:
         own = FedELC.end(self, visit, rows)
