@@ -11,9 +11,10 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 360, 46, 190, 12, 36
 
 
 class Series(NamedTuple):
-    """A line and the band around it, a number for each round."""
+    """A line and the band around it, a number for each of some rounds, which are counted from 1 and rise."""
 
     name: str
+    rounds: Sequence[int]
     middle: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
@@ -21,7 +22,7 @@ class Series(NamedTuple):
 
 def line_chart(series: Sequence[Series], *, x: str, y: str) -> str:
     """Shares in [0, 1] over rounds from 1, in percent; names stand at the lines' ends."""
-    rounds = max(len(one.middle) for one in series)
+    rounds = max(one.rounds[-1] for one in series)
     low = floor(10 * min(min(one.low) for one in series)) / 10
     high = max(ceil(10 * max(max(one.high) for one in series)) / 10, low + 0.1)
 
@@ -30,17 +31,16 @@ def line_chart(series: Sequence[Series], *, x: str, y: str) -> str:
         return f"{LEFT + across:.1f},{TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM):.1f}"
 
     parts = [_grid(low, high, rounds, x, y)]
-    ends = _apart([float(at(rounds, one.middle[-1]).split(",")[1]) for one in series])
+    ends = _apart([float(at(one.rounds[-1], one.middle[-1]).split(",")[1]) for one in series])
     for i, (one, end) in enumerate(zip(series, ends, strict=True)):
         colour = f"var(--c{i % COLOURS})"
         dash = ' stroke-dasharray="6 3"' if i >= COLOURS else ""
-        steps = range(1, len(one.middle) + 1)
-        band = [at(r, v) for r, v in zip(steps, one.high, strict=True)]
-        band += [at(r, v) for r, v in zip(reversed(steps), reversed(one.low), strict=True)]
-        line = " ".join(at(r, v) for r, v in zip(steps, one.middle, strict=True))
-        last = at(len(one.middle), one.middle[-1]).split(",")
+        band = [at(r, v) for r, v in zip(one.rounds, one.high, strict=True)]
+        band += [at(r, v) for r, v in zip(reversed(one.rounds), reversed(one.low), strict=True)]
+        line = " ".join(at(r, v) for r, v in zip(one.rounds, one.middle, strict=True))
+        last = at(one.rounds[-1], one.middle[-1]).split(",")
         parts.append(
-            f'<g class="series"><title>{escape(one.name)}: {one.middle[-1]:.1%} after round {len(one.middle)}</title>'
+            f'<g class="series"><title>{escape(one.name)}: {one.middle[-1]:.1%} after round {one.rounds[-1]}</title>'
             f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.15"/>'
             f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'
             f'<path d="M{last[0]} {last[1]}L{WIDTH - RIGHT + 10} {end:.1f}" stroke="{colour}" opacity="0.5"/>'

@@ -43,9 +43,11 @@ HELP = {
     "lr": "of the clients' SGD",
     "momentum": "of the clients' SGD",
     "weight_decay": "of the clients' SGD",
+    "decorrelation": "times how much features of a batch go together, added to any method's loss; FNBench has 0.1",
     "augment": "whether samples are shown shifted, mirrored or with a little noise",
     "seeds": "runs of each method and noise",
     "seed": "of the first run",
+    "evaluate_every": "rounds between looks at the test; the last round is always looked at",
     "threads": "that train clients; the results do not depend on them (default: one a core)",
     "out": "folder for checkpoints, models, results.json, results.md and report.html",
 }

@@ -25,10 +25,28 @@ class Scores:
 
 
 @torch.no_grad()
-def predict(network: Network, row: Tensor, x: Tensor) -> Tensor:
-    """Logits [M, C] of the network of a row [D] for x [M, ...]."""
-    parts = [forward(network, row[None], part[None]).logits[0] for part in x.split(BATCH)]
-    return torch.cat(parts)
+def predict(network: Network, row: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [M, C] and features [M, d] of the network of a row [D] for x [M, ...]."""
+    parts = [forward(network, row[None], part[None]) for part in x.split(BATCH)]
+    return torch.cat([out.logits[0] for out in parts]), torch.cat([out.features[0] for out in parts])
+
+
+def spectrum(features: Tensor) -> Tensor:
+    """[d] float64: singular values of the covariance of features [M, d], falling; under wrong labels they fall faster.
+
+    The diagnosis of FNBench, arXiv 2505.06684.
+    """
+    values: Tensor = torch.linalg.svdvals(features.double().T.cov().view(features.shape[1], -1))
+    return values
+
+
+def effective_rank(spectrum: Tensor) -> float:
+    """exp of the entropy of a spectrum's shares: in how many directions features vary. 0 where they do not vary.
+
+    Roy and Vetterli, EUSIPCO 2007.
+    """
+    shares = spectrum / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)
+    return float(torch.special.entr(shares).sum().exp()) if float(spectrum.sum()) > 0 else 0.0
 
 
 def score(logits: Tensor, y: Tensor) -> Scores:

@@ -21,6 +21,7 @@ from anabranch.common.checkpoint import read_json, write_json
 from anabranch.data.labelled import Labelled
 from anabranch.federated import evaluate, run_files
 from anabranch.federated.choices import Chosen, choose_network
+from anabranch.federated.label_repair import repair
 from anabranch.federated.networks.layout import Network
 from anabranch.federated.noise_groups import make_noisy, parse_groups
 from anabranch.federated.partition import deal_out, parse_partition
@@ -48,12 +49,15 @@ class Laid(NamedTuple):
 class Course:
     """How one run went; numbers only, so that it can be written as JSON.
 
-    rounds      for each round the scores of each of the method's W networks
+    rounds      for each round the scores of each of the method's W networks; none where it was not evaluated
     confusion   [W, C, C] counts on the test after the last round: class, named
     transition  [C, C] shares of the clients' labels: right, given
     rates       [K] share of wrong labels of each client
     by_client   what the server knows in the end of each client, one number each: name -> [K]
     by_class    and of each pair of classes: name -> [C, C]
+    spectrum    [W, d] singular values of the covariance of what the last layer reads of the test
+    found       F1 of the clients called noisy (label_repair.py)
+    labels      shares of right labels given and learned
     model       SHA-256 of the last model's bytes
     seconds     spent in rounds, evaluation not counted
     """
@@ -67,13 +71,20 @@ class Course:
     rates: list[float]
     by_client: dict[str, list[float]] = field(default_factory=dict)
     by_class: dict[str, list[list[float]]] = field(default_factory=dict)
+    spectrum: list[list[float]] = field(default_factory=list)
+    found: float | None = None
+    labels: list[float] | None = None
     model: str = ""
     seconds: float = 0.0
 
     def last(self, measure: str = "accuracy", network: int = 0) -> float:
-        """Mean over the last ten rounds."""
-        values = [scores[network][measure] for scores in self.rounds[-LAST:]]
+        """Mean over those of the last ten rounds that were evaluated."""
+        values = [scores[network][measure] for scores in self.rounds[-LAST:] if scores]
         return sum(values) / len(values)
+
+    def best(self, measure: str = "accuracy", network: int = 0) -> float:
+        """Of all rounds that were evaluated: what stopping in time would have given."""
+        return max(scores[network][measure] for scores in self.rounds if scores)
 
 
 class Results(NamedTuple):
@@ -174,8 +185,9 @@ class _Run:
             if interrupted.is_set():
                 return None
             self.step()
-            accuracy = self.log[-1]["networks"][0]["accuracy"]
-            bar.set_postfix_str(f"{self.chosen.name} {self.noise} seed {self.seed}: {accuracy:.1%}", refresh=False)
+            if self.log[-1]["networks"]:
+                accuracy = self.log[-1]["networks"][0]["accuracy"]
+                bar.set_postfix_str(f"{self.chosen.name} {self.noise} seed {self.seed}: {accuracy:.1%}", refresh=False)
             bar.update()
         return self.finish()
 
@@ -195,7 +207,7 @@ class _Run:
         return None
 
     def step(self) -> None:
-        """One round, its evaluation, its line in the log, and then its checkpoint."""
+        """One round, its evaluation if it is due, its line in the log, and then its checkpoint."""
         f, started = self.federation, time.monotonic()
         replies = run_round(f, threads=self.threads)
         seconds = time.monotonic() - started
@@ -204,7 +216,8 @@ class _Run:
                 f"{self.chosen.name}: the model has numbers that are not finite after round {f.round}; try a smaller "
                 f"lr than {f.schedule.lr}"
             )
-        scores = [asdict(evaluate.score(logits, self.data.test_y)) for logits in self.outputs()]
+        is_due = f.round % self.plan.evaluate_every == 0 or f.round == self.plan.schedule.rounds
+        scores = [asdict(evaluate.score(logits, self.data.test_y)) for logits, _ in self.outputs()] if is_due else []
         entry = {
             "round": f.round - 1, "clients": len(replies.clients), "seconds": round(seconds, 4),
             "moved": float(replies.lengths.sqrt().mean()), "networks": scores,
@@ -217,16 +230,20 @@ class _Run:
     def finish(self) -> Course:
         """The course, written beside the model."""
         f, C = self.federation, self.data.classes
-        confusions = [evaluate.confusion(logits, self.data.test_y).tolist() for logits in self.outputs()]
+        looked = list(self.outputs())
+        mended = repair(f, self.laid.clean, self.laid.rates)
         mine = torch.cat(list(self.laid.holdings.owned))
         K = len(self.laid.rates)
         listed = K <= MOST_LISTED
         course = Course(
             method=self.chosen.name, noise=self.noise, seed=self.seed,
-            rounds=[entry["networks"] for entry in self.log], confusion=confusions,
+            rounds=[entry["networks"] for entry in self.log],
+            confusion=[evaluate.confusion(logits, self.data.test_y).tolist() for logits, _ in looked],
             transition=counted_matrix(self.laid.clean[mine], self.laid.holdings.y[mine], C).tolist(),
             rates=self.laid.rates.tolist() if listed else [],
             by_client=shaped(f.server, (K,)) if listed else {}, by_class=shaped(f.server, (C, C)),
+            spectrum=[evaluate.spectrum(features).tolist() for _, features in looked], found=mended.found,
+            labels=None if mended.before is None or mended.after is None else [mended.before, mended.after],
             model=hashlib.sha256(f.server["model"].contiguous().numpy().data).hexdigest(),
             seconds=sum(entry["seconds"] for entry in self.log),
         )  # fmt: skip
@@ -235,8 +252,8 @@ class _Run:
             write_json(self.folder / run_files.RESULT, asdict(course))
         return course
 
-    def outputs(self) -> Iterator[Tensor]:
-        """Logits [T, C] of each network on the test."""
+    def outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits [T, C] and features [T, d] of each network on the test."""
         for row in self.federation.server["model"]:
             yield evaluate.predict(self.federation.network, row, self.data.test_x)
 

@@ -1,6 +1,6 @@
-"""How well a method finds clients with wrong labels and mends them, where the truth is known: for tests and benchmarks.
+"""How well a method finds clients with wrong labels and mends them, told by one who knows the truth.
 
-The experiments of MaskedOptim's small table (methods/maskedoptim.py): any federation, run to its end.
+MaskedOptim's small table (methods/maskedoptim.py), for every method that calls clients noisy or learns labels.
 """
 
 from typing import NamedTuple
@@ -8,44 +8,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anabranch.federated.networks.layout import forward
-from anabranch.federated.rounds import Federation, run_round
+from anabranch.federated.rounds import Federation
 
 
 class Repair(NamedTuple):
-    """accuracy   of the model on other samples, mean of the last rounds
-    found      [K] bool: the clients that were called noisy
-    before     share of right labels among those that the found clients were given; NaN where nobody was found
-    after      of the labels that they learned; `before` for a method that learns none
+    """found    F1 of the clients called noisy; None if the method calls nobody, or if no client has more wrong labels
+             than another
+    before   share of right labels among those given to clients that were called noisy, or to all if it calls nobody
+    after    of the labels that these have learned instead; both None for a method that learns none
     """
 
-    accuracy: float
-    found: Tensor
-    before: float
-    after: float
+    found: float | None
+    before: float | None
+    after: float | None
 
 
-def repair(federation: Federation, truth: Tensor, x: Tensor, y: Tensor, *, last: int = 10, threads: int = 1) -> Repair:
-    """Run all rounds that are left.
+def repair(federation: Federation, truth: Tensor, rates: Tensor) -> Repair:
+    """Of a federation as it stands.
 
-    truth   [M] int64     the right labels of the federation's samples
-    x, y    [T, ...], [T] int64   samples that no client has
+    truth  [M] int64     the right labels of its samples
+    rates  [K] float64   share of wrong labels of each client; those above the mean of the lowest and the highest count
+                         as noisy
     """
-    f, accuracies = federation, []
-    while f.round < f.schedule.rounds:
-        run_round(f, threads=threads)
-        if f.round > f.schedule.rounds - last:
-            logits = forward(f.network, f.server["model"][:1], x[None]).logits[0]
-            accuracies.append((logits.argmax(1) == y).double().mean())
-    found = f.server.get("noisy", torch.zeros(len(f.holdings.owned), dtype=torch.bool))
+    f, middle = federation, (rates.min() + rates.max()) / 2
+    called = f.server.get("noisy")
+    found = None if called is None or not rates.max() > rates.min() else f1(called, rates > middle)
     given, learned = [], []
-    for k in found.nonzero().flatten().tolist():
+    for k in sorted(f.kept):
+        labels = f.kept[k].get("labels")
+        if labels is None or (called is not None and not called[k]):
+            continue
         mine = f.holdings.owned[k]
         given.append(f.holdings.y[mine] == truth[mine])
-        labels = f.kept.get(k, {}).get("labels")  # a client that was never visited learned nothing
-        learned.append(given[-1] if labels is None else labels.argmax(1) == truth[mine])
-    before, after = (torch.cat(right).double().mean().item() if right else torch.nan for right in (given, learned))
-    return Repair(torch.stack(accuracies).mean().item(), found, before, after)
+        learned.append(labels.argmax(1) == truth[mine])
+    if not given:
+        return Repair(found, None, None)
+    return Repair(found, *(float(torch.cat(right).double().mean()) for right in (given, learned)))
 
 
 def f1(found: Tensor, truth: Tensor) -> float:

@@ -27,6 +27,7 @@ class Plan:
     network        mlp, cnn, resnet18 or text
     hidden         widths of the perceptron's layers
     seeds          runs of each method and noise; the first has the schedule's seed, each further one the next
+    evaluate_every rounds between looks at the test; after the last round there is always one
     threads        that train clients; the results do not depend on them
     out            folder for checkpoints and results
     resume         go on with what the folder holds
@@ -43,13 +44,14 @@ class Plan:
     network: str = "mlp"
     hidden: tuple[int, ...] = (64,)
     seeds: int = 1
+    evaluate_every: int = 1
     threads: int | None = None
     out: Path | None = None
     resume: bool = False
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
-        for name in ("clients", "seeds", "threads", "picture_size"):
+        for name in ("clients", "seeds", "evaluate_every", "threads", "picture_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -62,7 +64,7 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """All that a result depends on, but for the method, noise, seed and data."""
-        names = ("picture_size", "clients", "partition", "minimum", "network", "hidden")
+        names = ("picture_size", "clients", "partition", "minimum", "network", "hidden", "evaluate_every")
         shown = {name: getattr(self, name) for name in names}
         schedule = {name: getattr(self.schedule, name) for name in SCHEDULE if name != "seed"}
         return {**shown, "hidden": list(self.hidden), **schedule}

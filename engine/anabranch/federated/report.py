@@ -6,7 +6,7 @@ from statistics import fmean
 
 from anabranch.federated.charts import Series, dots, heat_map, line_chart
 from anabranch.federated.experiment import Course, Results
-from anabranch.federated.tables import Row, about, called, percent, rows_of
+from anabranch.federated.tables import DETAILS, Row, about, called, details, percent, rows_of
 
 MOST_SEEN = 30  # classes above which a matrix is left out: its cells would be dust
 STYLE = """
@@ -45,7 +45,8 @@ def page(results: Results) -> str:
     parts = [f"<p>{escape(sentence)}.</p>" for sentence in about(results)]
     parts.append(f'<div class="scroll">{_table(rows, noises)}</div>')
     for noise in noises:
-        parts.append(_section(results, [one for one in results.courses if one.noise == noise], noise))
+        courses = [one for one in results.courses if one.noise == noise]
+        parts.append(_section(results, courses, [row for row in rows if row.noise == noise], noise))
     title = f"Federated learning on {escape(results.data.name)}"
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
@@ -82,8 +83,8 @@ def _difference(row: Row) -> str:
     return f"<small{mark}>{percent(row.difference, signed=True)}</small>"
 
 
-def _section(results: Results, courses: Sequence[Course], noise: str) -> str:
-    """All about one noise: curves, matrices, clients."""
+def _section(results: Results, courses: Sequence[Course], rows: Sequence[Row], noise: str) -> str:
+    """All about one noise: curves, numbers, matrices, clients."""
     methods = list(dict.fromkeys(one.method for one in courses))
     runs = {name: [one for one in courses if one.method == name] for name in methods}
     series = [curve(name, runs[name], w) for name in methods for w in range(len(runs[name][0].confusion))]
@@ -92,6 +93,7 @@ def _section(results: Results, courses: Sequence[Course], noise: str) -> str:
         '<div class="card"><h3>Accuracy on the test, round by round</h3>'
         f"{line_chart(series, x='round', y='accuracy in %')}"
         "<p>Lines: mean over seeds. Bands: from the lowest to the highest. Point at a line to see it alone.</p></div>",
+        f'<div class="scroll">{_details(rows)}</div>',
     ]
     if results.data.classes <= MOST_SEEN:
         names = list(results.data.names)
@@ -122,12 +124,21 @@ def _section(results: Results, courses: Sequence[Course], noise: str) -> str:
     return "".join(parts)
 
 
+def _details(rows: Sequence[Row]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in DETAILS)
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in details(row)) for row in rows]
+    return (
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table>"
+    )
+
+
 def curve(name: str, runs: Sequence[Course], network: int) -> Series:
     """Accuracy by round over the seeds of a method."""
-    values = [[scores[network]["accuracy"] for scores in run.rounds] for run in runs]
+    values = [[scores[network]["accuracy"] for scores in run.rounds if scores] for run in runs]
+    rounds = [i for i, scores in enumerate(runs[0].rounds, 1) if scores]
     each = list(zip(*values, strict=True))
     shown = name if not network else f"{name} (network {network + 1})"
-    return Series(shown, [fmean(of) for of in each], [min(of) for of in each], [max(of) for of in each])
+    return Series(shown, rounds, [fmean(of) for of in each], [min(of) for of in each], [max(of) for of in each])
 
 
 def mean_of(matrices: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:

@@ -5,9 +5,12 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
+
+from anabranch.federated.evaluate import effective_rank
 from anabranch.federated.experiment import LAST, Course, Results
 
-BASELINE = "fedavg"
+BASELINE, CLEAN = "fedavg", "clean"
 LEVEL = 0.95
 
 
@@ -26,7 +29,12 @@ class Row:
     accuracies   one a seed, each the mean of the last ten rounds
     best         mean over seeds of the best round's: what stopping in time would have given
     difference   of the accuracies from the baseline's first network, paired by seed; None for the baseline itself
+    closed       the difference as a share of what the noise costs the baseline, in the mean; None without clean runs,
+                 or where the noise costs nothing
     f1, loss     means over seeds, of the last ten rounds
+    rank         effective rank of the features on the test, in the end
+    found        F1 of the clients that were called noisy, mean over the seeds that have one
+    labels       shares of right labels given to those, or to all, and learned: means over the seeds that have some
     seconds      of a run's rounds, mean over seeds
     """
 
@@ -37,8 +45,12 @@ class Row:
     accuracy: Interval
     best: float
     difference: Interval | None
+    closed: Interval | None
     f1: float
     loss: float
+    rank: float
+    found: float | None
+    labels: tuple[float, float] | None
     seconds: float
 
 
@@ -63,15 +75,22 @@ def rows_of(courses: Sequence[Course]) -> list[Row]:
         for method in methods if seeds else ():
             runs = [by_run[method, noise, seed] for seed in seeds]
             base = [by_run[baseline, noise, seed].last() for seed in seeds]
+            clean = [by_run[baseline, CLEAN, seed].last() for seed in seeds if (baseline, CLEAN, seed) in by_run]
+            lost = fmean(clean) - fmean(base) if len(clean) == len(seeds) else 0.0
+            mended = [run.labels for run in runs if run.labels is not None]
             for network in range(len(runs[0].confusion)):
                 accuracies = [run.last(network=network) for run in runs]
                 apart = [a - b for a, b in zip(accuracies, base, strict=True)]
                 rows.append(Row(
                     method=method, noise=noise, network=network, accuracies=accuracies, accuracy=interval(accuracies),
-                    best=fmean(max(scores[network]["accuracy"] for scores in run.rounds) for run in runs),
+                    best=fmean(run.best(network=network) for run in runs),
                     difference=None if method == baseline and not network else interval(apart),
+                    closed=interval([a / lost for a in apart]) if lost > 0 else None,
                     f1=fmean(run.last("f1", network) for run in runs),
                     loss=fmean(run.last("loss", network) for run in runs),
+                    rank=fmean(effective_rank(torch.tensor(run.spectrum[network]).double()) for run in runs),
+                    found=fmean(scored) if (scored := [run.found for run in runs if run.found is not None]) else None,
+                    labels=(fmean(m[0] for m in mended), fmean(m[1] for m in mended)) if mended else None,
                     seconds=fmean(run.seconds for run in runs),
                 ))  # fmt: skip
     return rows
@@ -113,6 +132,22 @@ def grid(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return [("method", *noises), *((name, *(of.get(noise, "–") for noise in noises)) for name, of in cells.items())]
 
 
+DETAILS = ("method", "accuracy", "difference", "gap closed", "best - last", "F1", "loss", "rank of features",
+           "clients found (F1)", "right labels", "seconds")  # fmt: skip
+
+
+def details(row: Row) -> tuple[str, ...]:
+    """The rest of what is known of a row, in the order of DETAILS."""
+    return (
+        called(row), percent(row.accuracy), percent(row.difference, signed=True) if row.difference else "baseline",
+        f"{percent(row.closed)} %" if row.closed and row.difference else "–",
+        f"{(row.best - row.accuracy.mean) * 100:.1f}", f"{row.f1 * 100:.1f}", f"{row.loss:.3g}", f"{row.rank:.1f}",
+        "–" if row.found is None else f"{row.found:.2f}",
+        "–" if row.labels is None else f"{row.labels[0] * 100:.1f} -> {row.labels[1] * 100:.1f}",
+        f"{row.seconds:.1f}",
+    )  # fmt: skip
+
+
 def to_text(results: Results) -> str:
     """Columns for a terminal."""
     lines = grid(rows_of(results.courses))
@@ -122,13 +157,23 @@ def to_text(results: Results) -> str:
 
 
 def to_markdown(results: Results) -> str:
-    """A table as GitHub shows it."""
-    header, *lines = grid(rows_of(results.courses))
-    table = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([
-        "# Federated learning with noisy labels", "", *(f"- {sentence}" for sentence in about(results)), "",
-        f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1), *table,
-    ]) + "\n"  # fmt: skip
+    """Tables as GitHub shows them: one of all accuracies, and one with everything for each noise."""
+    rows = rows_of(results.courses)
+    parts = ["# Federated learning with noisy labels", "", *(f"- {sentence}" for sentence in about(results)), ""]
+    parts += _as_markdown(grid(rows))
+    for noise in dict.fromkeys(row.noise for row in rows):
+        parts += [
+            "",
+            f"## {noise}",
+            "",
+            *_as_markdown([DETAILS, *(details(row) for row in rows if row.noise == noise)]),
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def _as_markdown(lines: Sequence[Sequence[str]]) -> list[str]:
+    header, *others = (f"| {' | '.join(line)} |" for line in lines)
+    return [header, "|---|" + "---:|" * (len(lines[0]) - 1), *others]
 
 
 def numbers(results: Results) -> dict[str, Any]:

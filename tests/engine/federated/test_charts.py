@@ -18,7 +18,7 @@ def places(svg, tag):
 
 @given(st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=9), min_size=1, max_size=14))
 def test_lines_stay_in_their_frame_and_names_apart(values):
-    series = [Series(f"<{i}>", one, one, one) for i, one in enumerate(values)]
+    series = [Series(f"<{i}>", range(1, len(one) + 1), one, one, one) for i, one in enumerate(values)]
     svg = ElementTree.fromstring(line_chart(series, x="round", y="%"))
     assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places(svg, "polyline"))
     labels = sorted(float(one.find("text").get("y")) for one in svg.iter("g"))
@@ -28,8 +28,10 @@ def test_lines_stay_in_their_frame_and_names_apart(values):
 
 def test_a_line_rises_where_its_values_do():
     svg = ElementTree.fromstring(
-        line_chart([Series("a", [0.1, 0.5, 0.9], [0.0, 0.4, 0.8], [0.2, 0.6, 1.0])], x="", y="")
+        line_chart([Series("a", [2, 4, 6], [0.1, 0.5, 0.9], [0.0, 0.4, 0.8], [0.2, 0.6, 1.0])], x="", y="")
     )
+    across = [x for x, _ in places(svg, "polyline")]
+    assert across[1] - across[0] == pytest.approx(across[2] - across[1], abs=0.1)
     heights = [y for _, y in places(svg, "polyline")]
     assert heights == sorted(heights, reverse=True)
     band = [y for _, y in places(svg, "polygon")]

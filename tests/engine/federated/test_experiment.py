@@ -74,6 +74,13 @@ def test_what_is_written_down_is_what_happened():
     assert results.courses[2].rates == [7 / 18] * 5
 
 
+def test_looking_less_often_changes_nothing_but_what_is_seen():
+    often, seldom = outcome(plan()).courses[0], outcome(plan(evaluate_every=2)).courses[0]
+    assert seldom.model == often.model
+    assert seldom.rounds == [[], often.rounds[1], often.rounds[2]]
+    assert seldom.confusion == often.confusion
+
+
 def test_a_method_in_its_place_changes_nothing_for_the_others():
     alone = outcome(plan(), "fedavg").courses
     beside = outcome(plan(threads=3), "fedcfa", "fedavg").courses
