@@ -1,6 +1,7 @@
 """Where classification data come from: scikit-learn, files as they are published, and what users have.
 
     digits                                  8 by 8 pixels, within scikit-learn
+    digits-shortcut                         with a colour that tells the class inside each of 20 clients: shortcuts.py
     fashion-mnist cifar10n banking77 ag-news=PATH   as published, files or a folder of them
     FILE.npz                                x and y, and more if it is there: see `arrays.read_npz`
     FOLDER                                  of folders of pictures named for their classes, or saved by `datasets`
@@ -18,6 +19,7 @@ from anabranch.data import pictures
 from anabranch.data.arrays import read_npz
 from anabranch.data.labelled import Labelled, split
 from anabranch.data.published import read_ag_news, read_banking77, read_cifar10n, read_fashion_mnist
+from anabranch.data.shortcuts import with_shortcut
 
 
 class Source(NamedTuple):
@@ -34,14 +36,16 @@ def parse_source(text: str, root: Path | None = None) -> Source:
         if name not in PUBLISHED:
             raise ValueError(f"unknown data {name!r}; before '=' stands one of {sorted(PUBLISHED)}")
         return Source(name, Path(path))
-    if text == "digits":
+    if text in MADE:
         return Source(text, None)
     if text in PUBLISHED:
         if root is None:
             raise ValueError(f"where does {text} lie? Give --data {text}=PATH, or --data-root for the folder above it")
         return Source(text, root / text)
     if not Path(text).exists():
-        raise ValueError(f"there is no file or folder {text}, and no such data: choose digits or {sorted(PUBLISHED)}")
+        raise ValueError(
+            f"there is no file or folder {text}, and no such data: choose one of {sorted((*MADE, *PUBLISHED))}"
+        )
     return Source("", Path(text))
 
 
@@ -51,7 +55,7 @@ def load(source: Source, *, picture_size: int | None = None) -> Labelled:
     picture_size    pixels a side that pictures of folders are resized to
     """
     if source.path is None:
-        return read_digits()
+        return MADE[source.name]()
     if not source.path.exists():
         raise ValueError(f"there is no {source.path}")
     if source.name:
@@ -90,6 +94,12 @@ def read_pictures(folder: Path, size: int | None) -> Labelled:
     return pictures.labelled(folder.name, pixels, labels, count, names)
 
 
+def read_digits_shortcut() -> Labelled:
+    """The digits with colours."""
+    return with_shortcut(read_digits())
+
+
+MADE: dict[str, Callable[[], Labelled]] = {"digits": read_digits, "digits-shortcut": read_digits_shortcut}
 PUBLISHED: dict[str, Callable[[Path], Labelled]] = {
     "fashion-mnist": read_fashion_mnist,
     "cifar10n": read_cifar10n,
