@@ -7,6 +7,7 @@ from math import ceil, floor
 from typing import NamedTuple
 
 COLOURS = 10  # --c0 .. --c9; further series are dashed
+LEAST_SEEN = 0.0005  # share below which a cell is left empty
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 360, 46, 190, 12, 36
 
 
@@ -60,18 +61,19 @@ def heat_map(matrix: Sequence[Sequence[float]], names: Sequence[str], *, rows: s
         f'<text class="axis" x="{left + size / 2:.0f}" y="14" text-anchor="middle">{escape(columns)} →</text>',
         f'<text class="axis" transform="translate(12 {top + size / 2:.0f}) rotate(-90)" text-anchor="middle">'
         f"← {escape(rows)}</text>",
+        f'<rect x="{left:.1f}" y="{top}" width="{size - 1:.1f}" height="{size - 1:.1f}" class="empty"/>',
     ]
     for i, row in enumerate(matrix):
         if shown:
             y = top + (i + 0.68) * cell
             parts.append(f'<text x="{left - 4}" y="{y:.1f}" text-anchor="end">{escape(_short(names[i], 10))}</text>')
         for j, value in enumerate(row):
-            if value < 0.0005 and not shown:
+            if value < LEAST_SEEN:
                 continue
             colour = "var(--good)" if i == j else "var(--bad)"
             parts.append(
                 f'<rect x="{left + j * cell:.1f}" y="{top + i * cell:.1f}" width="{cell - 1:.1f}" '
-                f'height="{cell - 1:.1f}" fill="{colour}" fill-opacity="{min(1.0, 0.04 + 0.96 * value):.3f}">'
+                f'height="{cell - 1:.1f}" fill="{colour}" fill-opacity="{min(1.0, 0.06 + 0.94 * value):.2f}">'
                 f"<title>{escape(names[i])} → {escape(names[j])}: {value:.1%}</title></rect>"
             )
             if shown and value >= 0.005:
