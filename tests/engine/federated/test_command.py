@@ -1,6 +1,8 @@
 """`anabranch federated`: what it prints, writes and refuses."""
 
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,17 @@ def test_bench_writes_its_table_and_page(tmp_path, capsys):
     assert (out / "results.md").read_text().count("\n| ") == 3 * 3  # all accuracies, and either noise
     assert "fedcfa:group=32" in (out / "report.html").read_text()
     assert len(list(out.rglob("model.safetensors"))) == 4
+
+
+def test_the_grid_of_all_methods_in_small(tmp_path):
+    """The committed comparison, and that no method there is is missing from it."""
+    grid, out = Path(__file__).parents[3] / "benchmarks/federated-digits.toml", tmp_path / "out"
+    compared = {text.partition(":")[0] for text in tomllib.loads(grid.read_text())["method"]}
+    assert compared == METHODS.keys() - {"robust"}  # which is any of the rules
+    small = ["--seeds", "1", "--clients", "16", "--batch", "64", "--noise", "symmetric:0.6@half"]
+    assert main(["federated", "bench", "--config", str(grid), "--out", str(out), *QUICK, *small]) == 0
+    rows = json.loads((out / "results.json").read_text())["table"]
+    assert {row["method"].partition(":")[0] for row in rows} == compared
 
 
 def test_methods_are_listed(capsys):
