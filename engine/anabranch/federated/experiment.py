@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ class Laid(NamedTuple):
 class Course:
     """How one run went; numbers only, so that it can be written as JSON.
 
-    rounds      for each round the scores of each of the method's W networks; none where it was not evaluated
+    rounds      for each round the scores of each of the method's W networks, or V votes; none where it was not looked at
     confusion   [W, C, C] counts on the test after the last round: class, named
     transition  [C, C] shares of the clients' labels: right, given
     rates       [K] share of wrong labels of each client
@@ -217,7 +217,7 @@ class _Run:
                 f"lr than {f.schedule.lr}"
             )
         is_due = f.round % self.plan.evaluate_every == 0 or f.round == self.plan.schedule.rounds
-        scores = [asdict(evaluate.score(logits, self.data.test_y)) for logits, _ in self.outputs()] if is_due else []
+        scores = [asdict(evaluate.score(logits, self.data.test_y)) for logits in self.outputs()[0]] if is_due else []
         entry = {
             "round": f.round - 1, "clients": len(replies.clients), "seconds": round(seconds, 4),
             "moved": float(replies.lengths.sqrt().mean()), "networks": scores,
@@ -230,7 +230,7 @@ class _Run:
     def finish(self) -> Course:
         """The course, written beside the model."""
         f, C = self.federation, self.data.classes
-        looked = list(self.outputs())
+        votes, features = self.outputs()
         mended = repair(f, self.laid.clean, self.laid.rates)
         mine = torch.cat(list(self.laid.holdings.owned))
         K = len(self.laid.rates)
@@ -238,11 +238,11 @@ class _Run:
         course = Course(
             method=self.chosen.name, noise=self.noise, seed=self.seed,
             rounds=[entry["networks"] for entry in self.log],
-            confusion=[evaluate.confusion(logits, self.data.test_y).tolist() for logits, _ in looked],
+            confusion=[evaluate.confusion(logits, self.data.test_y).tolist() for logits in votes],
             transition=counted_matrix(self.laid.clean[mine], self.laid.holdings.y[mine], C).tolist(),
             rates=self.laid.rates.tolist() if listed else [],
             by_client=shaped(f.server, (K,)) if listed else {}, by_class=shaped(f.server, (C, C)),
-            spectrum=[evaluate.spectrum(features).tolist() for _, features in looked], found=mended.found,
+            spectrum=[evaluate.spectrum(of).tolist() for of in features], found=mended.found,
             labels=None if mended.before is None or mended.after is None else [mended.before, mended.after],
             model=hashlib.sha256(f.server["model"].contiguous().numpy().data).hexdigest(),
             seconds=sum(entry["seconds"] for entry in self.log),
@@ -252,10 +252,11 @@ class _Run:
             write_json(self.folder / run_files.RESULT, asdict(course))
         return course
 
-    def outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits [T, C] and features [T, d] of each network on the test."""
-        for row in self.federation.server["model"]:
-            yield evaluate.predict(self.federation.network, row, self.data.test_x)
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """On the test: logits [V, T, C], of each network or of what networks say together, and features [W, T, d]."""
+        f = self.federation
+        each = [evaluate.predict(f.network, row, self.data.test_x) for row in f.server["model"]]
+        return f.method.vote(torch.stack([logits for logits, _ in each])), torch.stack([of for _, of in each])
 
 
 def shaped(server: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Any]:

@@ -62,11 +62,16 @@ class Visit:
         """What the networks of rows [W * N, D] say of x [N, B, ...]: [W * N, B, ...]."""
         copies = len(rows) // len(x)
         repeated = x.repeat(copies, *[1] * (x.ndim - 1)) if copies > 1 else x
-        views = self.leaves[1] if self.leaves is not None and rows is self.leaves[0] else None
-        out = forward(self.network, rows, repeated, training=training, views=views)
+        out = forward(self.network, rows, repeated, training=training, views=self.views(rows))
         if training:
             self.statistics, self.latest = out.statistics, (rows, x, out)
         return out
+
+    def views(self, rows: Tensor) -> Views:
+        """The tensors of rows [W * N, D] by name."""
+        if self.leaves is not None and rows is self.leaves[0]:
+            return self.leaves[1]
+        return self.network.layout.views(rows)
 
     def review(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [W * N, n, C] and features [W * N, n, d] of all samples, in evaluation and without gradients."""
@@ -120,6 +125,14 @@ class FedAvg:
     networks: ClassVar[int] = 1
     needs_all: ClassVar[bool] = False
     per_sample: ClassVar[frozenset[str]] = frozenset()
+
+    def network(self, base: Network) -> Network:
+        """What is trained where `base` was asked for, such as the same with more heads."""
+        return base
+
+    def vote(self, logits: Tensor) -> Tensor:
+        """What the method predicts, logits [V, T, C], of what its networks say, [W, T, C]: each for itself, V = W."""
+        return logits
 
     def first(self, network: Network, clients: int) -> dict[str, Tensor]:
         """What the server knows before the first round, beside "model" [W, D]."""

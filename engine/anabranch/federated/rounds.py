@@ -59,6 +59,7 @@ class Federation:
 
 def found(method: FedAvg, network: Network, holdings: Holdings, schedule: Schedule) -> Federation:
     """A federation before its first round; its networks differ in their first weights."""
+    network = method.network(network)
     if not holdings.owned or min(map(len, holdings.owned)) < 1:
         raise ValueError("every client needs at least one sample")
     generator = torch.Generator().manual_seed(schedule.seed)

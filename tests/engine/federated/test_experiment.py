@@ -12,9 +12,11 @@ import torch
 
 from anabranch.cli import main
 from anabranch.data.labelled import Labelled
+from anabranch.federated import report, tables
 from anabranch.federated.choices import Chosen, choose_method
 from anabranch.federated.experiment import LAST, compare, generator, lay_out, slug
 from anabranch.federated.method import FedAvg
+from anabranch.federated.networks.mlp import MLP
 from anabranch.federated.plan import Plan
 from anabranch.federated.schedule import Schedule
 from anabranch.labels.noise import pairs, target_matrix
@@ -79,6 +81,24 @@ def test_looking_less_often_changes_nothing_but_what_is_seen():
     assert seldom.model == often.model
     assert seldom.rounds == [[], often.rounds[1], often.rounds[2]]
     assert seldom.confusion == often.confusion
+
+
+def test_a_method_may_train_another_network_and_vote_of_its_networks():
+    class Two(FedAvg):
+        networks = 2
+
+        def network(self, base):
+            return MLP((*base.widths[:-1], 5, C))
+
+        def vote(self, logits):
+            assert logits.shape == (2, 30, C)
+            return logits.sum(0, keepdim=True)
+
+    results = compare(plan(), [Chosen("two", Two())], task(), interrupted=threading.Event(), progress=False)
+    (course,) = results.courses
+    assert [len(scores) for scores in course.rounds] == [1, 1, 1]
+    assert len(course.confusion) == len(tables.rows_of([course])) == 1
+    assert "two" in report.page(results)
 
 
 def test_a_method_in_its_place_changes_nothing_for_the_others():
