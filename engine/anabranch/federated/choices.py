@@ -29,6 +29,8 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "clipping": ("methods.clipping.Clipping", {}),
     "co-teaching": ("methods.coteaching.CoTeaching", {}),
     "co-teaching-plus": ("methods.coteaching_plus.CoTeachingPlus", {}),
+    "causal-transition": ("methods.causal_transition.CausalTransition", {}),
+    "forward-correction": ("methods.forward_correction.ForwardCorrection", {}),
     "symmetric-ce": ("methods.symmetric_ce.SymmetricCE", {}),
     "selfie": ("methods.selfie.SELFIE", {}),
     "joint-optim": ("methods.joint_optim.JointOptim", {}),

@@ -49,7 +49,7 @@ class Laid(NamedTuple):
 class Course:
     """How one run went; numbers only, so that it can be written as JSON.
 
-    rounds      for each round the scores of each of the method's W networks, or V votes; none where it was not looked at
+    rounds      for each round the scores of each network, or vote; none where it was not looked at
     confusion   [W, C, C] counts on the test after the last round: class, named
     transition  [C, C] shares of the clients' labels: right, given
     rates       [K] share of wrong labels of each client
