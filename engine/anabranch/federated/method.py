@@ -120,11 +120,13 @@ class FedAvg:
     networks    W: networks that the federation trains
     needs_all   the server needs all models of a round at once, not only their mean
     per_sample  names in `kept` that have one entry for each sample
+    uneven      names in `reply` of which a client has as many things as it likes, [N, things, ...]: zeros fill them up
     """
 
     networks: ClassVar[int] = 1
     needs_all: ClassVar[bool] = False
     per_sample: ClassVar[frozenset[str]] = frozenset()
+    uneven: ClassVar[frozenset[str]] = frozenset()
 
     def network(self, base: Network) -> Network:
         """What is trained where `base` was asked for, such as the same with more heads."""

@@ -96,10 +96,8 @@ def read_log(path: Path, rounds: int) -> list[dict[str, Any]]:
 
 def save_model(path: Path, federation: Federation) -> None:
     """The networks as tensors by name; those of further networks begin with their number."""
-    views = federation.network.layout.views(federation.server["model"])
-    write_safetensors(path, {
-        (f"{w}." if w else "") + name: value[w].clone() for name, value in views.items() for w in range(len(value))
-    })  # fmt: skip
+    named = federation.network.layout.named(federation.server["model"])
+    write_safetensors(path, {name: value.clone() for name, value in named.items()})
 
 
 def is_used(folder: Path) -> Sequence[str]:

@@ -18,6 +18,7 @@ Deviations           passes beside the first leave batch statistics alone (the c
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ class FedCFA(FedAvg):
     squared        correlations are squared; otherwise their absolute values count
     group          samples of one mean
     """
+
+    uneven: ClassVar[frozenset[str]] = frozenset({"mean_x", "mean_y", "size"})
 
     weights: tuple[float, float, float] = (1.0, 5.0, 5.0)
     replaced: float = 0.375

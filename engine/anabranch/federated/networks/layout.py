@@ -86,6 +86,17 @@ class Layout:
             for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
         }
 
+    def named(self, model: Tensor) -> dict[str, Tensor]:
+        """The tensors of a model [W, D] by name; names of networks beyond the first begin with their number."""
+        views = self.views(model)
+        return {(f"{w}." if w else "") + name: value[w] for name, value in views.items() for w in range(len(value))}
+
+    def model(self, named: Mapping[str, Tensor]) -> Tensor:
+        """The other way round: [W, D]."""
+        W = len(named) // len(self.shapes)
+        rows = [[named[(f"{w}." if w else "") + name].flatten() for name in self.shapes] for w in range(W)]
+        return torch.stack([torch.cat(row) for row in rows])
+
     def cut(self, rows: Tensor, parts: int) -> list[Tensor]:
         """What is trained of rows [N, D]: as one tensor, if that is all the `parts`, or each tensor for itself."""
         return [rows[:, : self.trained]] if parts == 1 else list(self.views(rows).values())[: self.tensors_trained]

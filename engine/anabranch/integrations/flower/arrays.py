@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 HEADER_BYTES = 1024  # of NumPy's format, at most
+TENSORS = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 
 
 def read_array(array: Any, like: np.ndarray) -> np.ndarray:
@@ -18,22 +20,50 @@ def read_array(array: Any, like: np.ndarray) -> np.ndarray:
     Nothing larger than `like` in float64 is ever allocated, whatever the header claims; nothing is unpickled. Raises
     ValueError that says what came.
     """
+    header = _header(array)
+    dtype = header.dtype
+    fits = dtype.kind == "f" and dtype.itemsize <= 8 if like.dtype.kind == "f" else dtype == like.dtype
+    if header.shape != like.shape or not fits:
+        raise ValueError(f"{dtype} {list(header.shape)}, wanted {like.dtype} {list(like.shape)}")
+    return _body(array, header)
+
+
+def read_tensor(array: Any) -> Tensor:
+    """An Array of any shape and of a dtype that tensors have, on memory of its own, as much as came.
+
+    Raises ValueError that says what came.
+    """
+    header = _header(array)
+    if header.dtype.name not in TENSORS or not header.dtype.isnative:
+        raise ValueError(f"{header.dtype}, wanted one of {list(TENSORS)}")
+    return torch.from_numpy(_body(array, header).copy())
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+    length: int
+
+
+def _header(array: Any) -> _Header:
     if array.stype != "numpy.ndarray":
         raise ValueError(f"serialised as {array.stype!r}")
     stream = BytesIO(array.data[:HEADER_BYTES])
     try:
         version = np.lib.format.read_magic(stream)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read_header(stream, max_header_size=HEADER_BYTES)
+        header = read_header(stream, max_header_size=HEADER_BYTES)
     except Exception as error:  # NumPy parses the header as Python text: of hostile text anything may come
         raise ValueError(f"not in NumPy's format: {type(error).__name__}") from error
-    fits = dtype.kind == "f" and dtype.itemsize <= 8 if like.dtype.kind == "f" else dtype == like.dtype
-    if shape != like.shape or not fits:
-        raise ValueError(f"{dtype} {list(shape)}, wanted {like.dtype} {list(like.shape)}")
-    body = memoryview(array.data)[stream.tell() :]
-    if len(body) != like.size * dtype.itemsize:
-        raise ValueError(f"{len(body)} bytes of {dtype} {list(shape)}")
-    return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")
+    return _Header(*header, stream.tell())
+
+
+def _body(array: Any, header: _Header) -> np.ndarray:
+    body = memoryview(array.data)[header.length :]
+    if len(body) != prod(header.shape) * header.dtype.itemsize:
+        raise ValueError(f"{len(body)} bytes of {header.dtype} {list(header.shape)}")
+    return np.frombuffer(body, header.dtype).reshape(header.shape, order="F" if header.fortran else "C")
 
 
 @dataclass(frozen=True, slots=True)

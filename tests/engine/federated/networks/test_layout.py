@@ -74,6 +74,16 @@ def test_sizes_and_shapes(case):
     assert network.flops > 0
 
 
+def test_a_model_by_name_and_back(case):
+    """Three networks: no two tensors have one name."""
+    network, rows, _ = case
+    named = network.layout.named(rows)
+    assert len(named) == 3 * len(network.layout.shapes)
+    first = next(iter(network.layout.shapes))
+    assert named[f"2.{first}"].shape == network.layout.shapes[first]
+    assert torch.equal(network.layout.model(dict(reversed(named.items()))), rows)
+
+
 def plain_resnet(norm):
     """ResNet by torch.nn, two stages of one block with a stride between, as ours names its tensors."""
 

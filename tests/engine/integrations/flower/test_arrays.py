@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from anabranch.aggregate.sweep import lower_median
-from anabranch.integrations.flower.arrays import Sent, read_array
+from anabranch.integrations.flower.arrays import Sent, read_array, read_tensor
 
 app = pytest.importorskip("flwr.app", reason="needs the extra `flower`")
 
@@ -29,6 +29,7 @@ def test_what_numpy_writes_is_read(array):
         got = read_array(app.Array(layout), array)
         assert got.dtype == array.dtype
         np.testing.assert_array_equal(got, array)
+        np.testing.assert_array_equal(read_tensor(app.Array(layout)).numpy(), array, strict=True)
 
 
 def test_floats_may_be_of_another_width():
@@ -68,6 +69,24 @@ def header_of(text):
 def test_what_is_refused(array, words):
     with pytest.raises(ValueError, match=words):
         read_array(array, LIKE)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (saved(LIKE, stype="pickle"), "serialised as 'pickle'"),
+        (saved(LIKE, data=header_of("{'descr': '|O', 'fortran_order': False, 'shape': (2, 3)}")), "object, wanted one"),
+        (saved(LIKE, data=header_of(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({1 << 70},)}}")), "0 bytes"),
+        (saved(LIKE, data=header_of("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -6)}")), "bytes of"),
+        (saved(LIKE, data=app.Array(LIKE).data[:-1]), "23 bytes of float32"),
+        (app.Array(LIKE.astype(">f4")), "wanted one of"),
+        (app.Array(LIKE.astype(np.uint32)), "uint32, wanted one of"),
+        (app.Array(LIKE.astype(np.complex64)), "complex64"),
+    ],
+)
+def test_what_is_no_tensor(array, words):
+    with pytest.raises(ValueError, match=words):
+        read_tensor(array)
 
 
 def test_lying_about_the_shape_costs_no_memory():
