@@ -28,6 +28,20 @@ def read_array(array: Any, like: np.ndarray) -> np.ndarray:
     return _body(array, header)
 
 
+def read_record(record: Mapping[str, Any], like: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of an ArrayRecord, which has to have the names of `like`. ValueError names what is wrong."""
+    if set(record) != set(like):
+        missing, more = sorted(set(like) - set(record)), sorted(set(record) - set(like))
+        raise ValueError(f"missing arrays {missing}, unknown arrays {more}"[:200])
+    arrays = {}
+    for name in like:
+        try:
+            arrays[name] = read_array(record[name], like[name])
+        except ValueError as error:
+            raise ValueError(f"array {name!r}: {error}"[:200]) from error
+    return arrays
+
+
 def read_tensor(array: Any) -> Tensor:
     """An Array of any shape and of a dtype that tensors have, on memory of its own, as much as came.
 

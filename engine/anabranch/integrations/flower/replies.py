@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anabranch.integrations.flower.arrays import Sent, read_array
+from anabranch.integrations.flower.arrays import Sent, read_record
 
 
 class Update(NamedTuple):
@@ -52,15 +52,7 @@ def read_update(node: int, content: Any, sent: Sent, weighted_by: str) -> Update
         counts = f"{len(content.array_records)} and {len(content.metric_records)}"
         raise ValueError(f"one ArrayRecord and one MetricRecord are wanted, not {counts}")
     (record,) = content.array_records.values()
-    if set(record) != set(sent.arrays):
-        missing, more = sorted(set(sent.arrays) - set(record)), sorted(set(record) - set(sent.arrays))
-        raise ValueError(f"missing arrays {missing}, unknown arrays {more}"[:200])
-    arrays = {}
-    for name, like in sent.arrays.items():
-        try:
-            arrays[name] = read_array(record[name], like)
-        except ValueError as error:
-            raise ValueError(f"array {name!r}: {error}"[:200]) from error
+    arrays = read_record(record, sent.arrays)
     row = sent.vector(arrays).sub_(sent.vector(sent.arrays))
     if not bool(torch.isfinite(row).all()):
         raise ValueError("not finite")
@@ -74,6 +66,11 @@ def examples(content: Any, weighted_by: str) -> float:
     if not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"metric {weighted_by!r} is {value!r}, not a positive number"[:200])
     return float(value)
+
+
+def short(reason: str) -> str:
+    """Ray puts a stack before what went wrong."""
+    return reason if len(reason) <= 400 else f"{reason[:100]} … {reason[-300:]}"
 
 
 def with_usual_metrics(contents: list[Any]) -> list[Any]:

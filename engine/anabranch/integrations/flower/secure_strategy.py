@@ -36,7 +36,7 @@ from anabranch.aggregate.secure.outcome import Outcome
 from anabranch.aggregate.secure.parameters import Mode, Parameters, Proof
 from anabranch.aggregate.secure.server import Server
 from anabranch.integrations.flower.arrays import Sent
-from anabranch.integrations.flower.replies import examples, with_usual_metrics
+from anabranch.integrations.flower.replies import examples, short, with_usual_metrics
 from anabranch.integrations.flower.secure_mod import KEY
 from anabranch_kernels.field_coding.op import FIELDS, FixedPoint
 
@@ -196,7 +196,7 @@ class SecureFedAvg(FedAvg):
             node = reply.metadata.src_node_id
             if reply.has_error():
                 failed.append(node)
-                reasons[node] = _short(f"failed to train: {reply.error.reason}")
+                reasons[node] = short(f"failed to train: {reply.error.reason}")
                 continue
             try:
                 trained.append(self._trained(node, reply.content, trained))
@@ -300,9 +300,4 @@ class _Session:
     def _fail(self, node: int, reason: str) -> None:
         """The first reason is the one that counts."""
         self.failed.add(node)
-        self.reasons.setdefault(node, _short(reason))
-
-
-def _short(reason: str) -> str:
-    """Ray puts a stack before what went wrong."""
-    return reason if len(reason) <= 400 else f"{reason[:100]} … {reason[-300:]}"
+        self.reasons.setdefault(node, short(reason))

@@ -59,14 +59,14 @@ def descend() -> Callable[..., Any]:
 
 @pytest.fixture
 def simulate() -> Callable[..., None]:
-    """`simulate(server_app, client_app)`: eight SuperNodes on Ray with two cores."""
+    """`simulate(server_app, client_app)`: eight SuperNodes, unless it is said how many, on Ray with two cores."""
     from flwr.simulation import run_simulation
 
-    def run(server, client):
+    def run(server, client, nodes=8):
         run_simulation(
             server,
             client,
-            num_supernodes=8,
+            num_supernodes=nodes,
             backend_config={
                 "init_args": {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False},
                 "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
