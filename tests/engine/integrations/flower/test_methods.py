@@ -343,21 +343,37 @@ def test_what_a_client_refuses():
             app(message, Context(1, 1000, {"partition-id": 0}, RecordDict(), {}))
 
 
+# Two networks; a survey, labels that are kept and all models at once; what is sent beside the model.
+SIMULATED = {
+    "fedavg": FedAvg(),
+    "co-teaching": CoTeaching(ramp=2),
+    "maskedoptim": MaskedOptim(warmup=1),
+    "robustfl": RobustFL(ramp=2, trust=1),
+}
+MOST = 190  # samples of a client
+
+
 def simulated_app(network, schedule, holdings):
-    """Clients of several methods in one: a message's config names the method. Digits, some of them mislabelled.
+    """Clients of several methods in one: a message's config names the method, or else is of a secure sum.
 
     It stands inside, so that Ray's workers get it whole: they cannot import tests.
     """
     from flwr.clientapp import ClientApp
+
+    from anabranch.integrations.flower.secure_mod import SecureMod
 
     def samples(context):
         mine = holdings.owned[context.node_config["partition-id"]]
         return holdings.x[mine], holdings.y[mine]
 
     apps = {name: client_app(method, network, schedule, data=samples) for name, method in SIMULATED.items()}
+    mods = [SecureMod(privacy=2, most_weight=MOST)]
+    secure = client_app(SIMULATED["co-teaching"], network, schedule, data=samples, mods=mods)
     app = ClientApp()
 
     def answer(message, context):
+        if "anabranch.secure" in message.content.config_records:
+            return secure(message, context)
         return apps[message.content["config"]["method"]](message, context)
 
     app.train()(answer)
@@ -366,39 +382,47 @@ def simulated_app(network, schedule, holdings):
     return app
 
 
-# Two networks; a survey, labels that are kept and all models at once; the same with weights; what is sent beside.
-SIMULATED = {
-    "fedavg": FedAvg(),
-    "co-teaching": CoTeaching(ramp=2),
-    "maskedoptim": MaskedOptim(warmup=1),
-    "fednoro": FedNoRo(warmup=1),
-    "robustfl": RobustFL(ramp=2, trust=1),
-}
-
-
 @pytest.mark.slow
 def test_rounds_in_a_simulation_are_those_of_one_machine(simulate):
+    """Under MethodStrategy, under Flower's own FedAvg, and as secure sums."""
     from flwr.serverapp import ServerApp
     from sklearn.datasets import load_digits
+
+    from anabranch.integrations.flower.secure_strategy import SecureFedAvg, SecureSum
 
     pixels, labels = load_digits(return_X_y=True)
     x, y = torch.from_numpy(pixels[:500]).float() / 16, torch.from_numpy(labels[:500])
     y[::7] = 9 - y[::7]
-    held = Holdings(x, y, torch.arange(500).split([40, 90, 120, 60, 190]))
-    network, schedule = MLP((64, 16, 10)), Schedule(rounds=3, share=0.8, epochs=1)
-    server, strategies = ServerApp(), {}
+    held = Holdings(x, y, torch.arange(500).split([40, 90, 120, 60, MOST]))
+    network, schedule = MLP((64, 16, 10)), Schedule(rounds=2, epochs=1)
+    server, models, reports = ServerApp(), {}, {}
+    all_nodes = {"min_train_nodes": 5, "min_available_nodes": 5, "fraction_evaluate": 0.0}
 
     @server.main()
     def main(grid, context):
+        first = {}
         for name, method in SIMULATED.items():
-            strategy = strategies[name] = MethodStrategy(method, network, schedule, clients=5)
-            config = ConfigRecord({"method": name})
-            strategy.start(grid, strategy.initial_arrays(), num_rounds=3, timeout=120, train_config=config)
+            strategy = MethodStrategy(method, network, schedule, clients=5)
+            config, first[name] = ConfigRecord({"method": name}), strategy.initial_arrays()
+            strategy.start(grid, first[name], num_rounds=2, timeout=120, train_config=config)
+            assert not any(strategy.reasons.values())
+            models[name] = strategy.server["model"]
+        sums = SecureSum(privacy=2, most_weight=MOST)
+        for flowers, name, config in (
+            (FlowersFedAvg(**all_nodes), "fedavg", ConfigRecord({"method": "fedavg"})),
+            (SecureFedAvg(sums, **all_nodes), "co-teaching", None),
+        ):
+            result = flowers.start(grid, first[name], num_rounds=2, timeout=120, train_config=config)
+            named = {key: torch.from_numpy(array.numpy()) for key, array in result.arrays.items()}
+            models[f"{name}, {type(flowers).__name__}"] = network.layout.model(named)
+            reports[name] = result.train_metrics_clientapp[2]
 
     simulate(server, simulated_app(network, schedule, held), nodes=5)
-    for name, method in SIMULATED.items():
-        federation = found(method, network, held, schedule)
-        for _ in range(3):
+    assert len(models) == 6
+    assert sorted(reports["co-teaching"]["secure.weights"]) == sorted(map(len, held.owned))
+    assert reports["co-teaching"]["secure.clipped"] == 0
+    for name, model in models.items():
+        federation = found(SIMULATED[name.partition(",")[0]], network, held, schedule)
+        for _ in range(2):
             run_round(federation)
-        assert not any(strategies[name].reasons.values())
-        torch.testing.assert_close(strategies[name].server["model"], federation.server["model"], **CLOSE, msg=name)
+        assert (federation.server["model"] - model).abs().max() < 1e-5, name
