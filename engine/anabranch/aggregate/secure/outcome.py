@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from anabranch.aggregate.secure.errors import ProtocolError, cbor
 from anabranch.aggregate.secure.parameters import Mode, Parameters, Proof
 from anabranch.aggregate.secure.proof import digest_of
-from anabranch_kernels.field_coding.op import dequantise
+from anabranch_kernels.field_coding.op import Field, dequantise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,12 @@ class Outcome:
     def mean(self, parameters: Parameters) -> Tensor:
         """The weighted mean of the accepted vectors: [l] float64."""
         return dequantise(self.sum, parameters.field, parameters.fixed_point, total_weight=sum(self.weights))
+
+
+def elements_of(whole: Tensor, field: Field) -> Tensor:
+    """Integers within half the field, int64, as its elements: what a sum that went well consists of."""
+    negative = field.p - (1 << 64) if field.p >= 1 << 63 else field.p  # Goldilocks' are bits of 64
+    return torch.where(whole < 0, whole + negative, whole).to(field.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

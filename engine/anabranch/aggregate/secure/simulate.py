@@ -17,7 +17,7 @@ from anabranch.aggregate.secure import messages as m
 from anabranch.aggregate.secure.client import Client, Round
 from anabranch.aggregate.secure.keys import Identity
 from anabranch.aggregate.secure.local import meet, run_round
-from anabranch.aggregate.secure.outcome import Outcome
+from anabranch.aggregate.secure.outcome import Outcome, elements_of
 from anabranch.aggregate.secure.parameters import Mode, Parameters, Proof
 from anabranch.aggregate.secure.proof import challenge, locate, project
 from anabranch.aggregate.secure.server import Server
@@ -229,13 +229,13 @@ def parameters_of(settings: Settings, identities: list[Identity]) -> Parameters:
 
 def _is_exact(outcomes: list[Outcome], vectors: dict[int, Tensor], parameters: Parameters) -> bool:
     """Whether all have the sum of the integers, which fits 64 bits."""
-    fixed, p = parameters.fixed_point, parameters.field.p
+    fixed = parameters.fixed_point
     total = torch.zeros(parameters.length, dtype=torch.int64)
     for i in outcomes[0].accepted:
         clipped = vectors[i].double().clamp(-fixed.clip, fixed.clip)
         total += (clipped * 2.0**fixed.fraction_bits).round().long()
     mean = total.double() / (len(outcomes[0].accepted) * 2.0**fixed.fraction_bits)
-    elements = torch.where(total < 0, total + (p - 2**64 if p >= 2**63 else p), total).to(parameters.field.dtype)
+    elements = elements_of(total, parameters.field)
     return all(torch.equal(one.sum, elements) and torch.equal(one.mean(parameters), mean) for one in outcomes)
 
 

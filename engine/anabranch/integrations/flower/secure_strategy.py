@@ -24,7 +24,6 @@ The round's MetricRecord holds the nodes' own metrics, which are not secret, ave
 Reasons are texts, which a MetricRecord cannot hold: they are in the log and in `reasons`, by round and node.
 """
 
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
@@ -33,12 +32,12 @@ from typing import Any
 from anabranch.aggregate.secure.errors import ProtocolError
 from anabranch.aggregate.secure.keys import Identity
 from anabranch.aggregate.secure.outcome import Outcome
-from anabranch.aggregate.secure.parameters import Mode, Parameters, Proof
+from anabranch.aggregate.secure.parameters import Parameters
 from anabranch.aggregate.secure.server import Server
+from anabranch.aggregate.secure.sums import SumSettings
 from anabranch.integrations.flower.arrays import Sent
 from anabranch.integrations.flower.replies import examples, short, with_usual_metrics
 from anabranch.integrations.flower.secure_mod import KEY
-from anabranch_kernels.field_coding.op import FIELDS, FixedPoint
 
 try:
     from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -50,51 +49,23 @@ except ImportError as error:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SecureSum:
-    """Of every round; see Parameters for all but the last two.
+class SecureSum(SumSettings):
+    """Of every round.
 
     most_weight     integer weights are numbers of examples, which nodes claim, scaled to 1 … most_weight; 1 for a mean
     step_timeout_s  that nodes have for each message after training
     """
 
-    blocks: int = 1
-    privacy: int = 1
-    errors: int = 0
-    dropouts: int = 0
-    clip: float = 1.0
-    fraction_bits: int = 20
-    field: str = "babybear"
-    mode: Mode = "direct"
-    proof: Proof = "V2"
     most_weight: int = 1
     step_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.field not in FIELDS:
-            raise ValueError(f"unknown field {self.field!r}; choose one of {sorted(FIELDS)}")
+        SumSettings.__post_init__(self)
         if self.most_weight < 1 or not self.step_timeout_s > 0:
             raise ValueError(
                 f"need most_weight >= 1 and step_timeout_s > 0, got {self.most_weight} and {self.step_timeout_s}"
             )
-        server, *nodes = (i.to_bytes(32, "big") for i in range(self.least_nodes + 1))
-        self.parameters(nodes, server, length=1, weights=(self.most_weight,) * len(nodes))  # refuses what cannot hold
-
-    @property
-    def least_nodes(self) -> int:
-        """N that K, T, E and D ask for; more will do as well, until their weights overflow the field."""
-        K, T, E, D = self.blocks, self.privacy, self.errors, self.dropouts
-        return max(D + K + T + 2 * E, D + T + 2, 2 * D + T + E + 1)  # the last: (N + T + E) // 2 + 1 <= N - D
-
-    def parameters(
-        self, identities: Iterable[bytes], server: bytes, *, length: int, weights: tuple[int, ...]
-    ) -> Parameters:
-        """A session that nobody has seen before."""
-        return Parameters(
-            session=secrets.token_bytes(32), identities=tuple(identities), server=server, length=length,
-            fixed_point=FixedPoint(clip=self.clip, fraction_bits=self.fraction_bits), blocks=self.blocks,
-            privacy=self.privacy, errors=self.errors, dropouts=self.dropouts, weights=weights,
-            field=FIELDS[self.field], mode=self.mode, proof=self.proof,
-        )  # fmt: skip
+        self.check(self.most_weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +95,7 @@ class SecureFedAvg(FedAvg):
         keys: Mapping[int, bytes] | None = None,
         **fedavg: Any,
     ) -> None:
-        least = secure.least_nodes
+        least = secure.least_clients
         for name in ("min_train_nodes", "min_available_nodes"):
             if fedavg.setdefault(name, least) < least:
                 raise ValueError(f"{name} must be at least {least} for these K, T, E and D, got {fedavg[name]}")

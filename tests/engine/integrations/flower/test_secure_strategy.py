@@ -388,7 +388,7 @@ def test_settings_that_cannot_hold(settings, words):
 
 
 def test_too_few_nodes_are_named():
-    assert SIZES.least_nodes == 7
+    assert SIZES.least_clients == 7
     with pytest.raises(ValueError, match=r"min_train_nodes must be at least 7 .*got 6"):
         SecureFedAvg(SIZES, min_train_nodes=6)
 
