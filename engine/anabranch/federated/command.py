@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   anabranch federated run --data photos/ --picture-size 32 --network cnn --partition dirichlet:0.5 --out runs/photos
   anabranch federated bench --method fedavg fedcfa --noise clean pairflip:0.4 symmetric:0.6@half --seeds 5 --out runs/b
   anabranch federated bench --config bench.toml --out runs/b --resume
+  anabranch federated run --method co-teaching --noise pairflip:0.4 --secure privacy=2,dropouts=1
   anabranch federated methods
 """
 HELP = {
@@ -45,6 +46,7 @@ HELP = {
     "weight_decay": "of the clients' SGD",
     "decorrelation": "times how much features of a batch go together, added to any method's loss; FNBench has 0.1",
     "augment": "whether samples are shown shifted, mirrored or with a little noise",
+    "secure": "sum updates so that the server learns nothing else, as privacy=2,dropouts=1 (needs the extra `secure`)",
     "seeds": "runs of each method and noise",
     "seed": "of the first run",
     "evaluate_every": "rounds between looks at the test; the last round is always looked at",

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from anabranch.federated.partition import deal_out, parse_partition
 from anabranch.federated.plan import Plan
 from anabranch.federated.rounds import Federation, Holdings, found, run_round
 from anabranch.labels.noise import counted_matrix
+
+if TYPE_CHECKING:
+    from anabranch.federated.private import SecureSums
 
 LAST = 10  # rounds whose mean accuracy is the result, as in FNBench
 MOST_LISTED = 1000  # clients whose numbers are written down one by one
@@ -59,6 +62,7 @@ class Course:
     found       F1 of the clients called noisy (label_repair.py)
     labels      shares of right labels given and learned
     model       SHA-256 of the last model's bytes
+    clipped     numbers of all updates that secure sums clipped
     seconds     spent in rounds, evaluation not counted
     """
 
@@ -75,6 +79,7 @@ class Course:
     found: float | None = None
     labels: list[float] | None = None
     model: str = ""
+    clipped: int = 0
     seconds: float = 0.0
 
     def last(self, measure: str = "accuracy", network: int = 0) -> float:
@@ -103,6 +108,8 @@ def compare(
     network = choose_network(plan.network, data, plan.hidden)
     for noise in plan.noise:
         parse_groups(noise)  # says now what is wrong with the last of them
+    for chosen in methods:
+        secure_sums(plan, chosen)
     total = len(methods) * len(plan.noise) * plan.seeds * plan.schedule.rounds
     digest = fingerprint(data)
     courses: list[Course] = []
@@ -131,6 +138,15 @@ def lay_out(plan: Plan, data: Labelled, noise: str, seed: int) -> Laid:
         return Laid(Holdings(data.x, data.y, owned), data.y, torch.zeros(len(owned), dtype=torch.float64))
     noisy = make_noisy(groups, data, owned, generator(seed, "noise"))
     return Laid(Holdings(data.x, noisy.y, owned), data.y, noisy.rates)
+
+
+def secure_sums(plan: Plan, chosen: Chosen) -> "SecureSums | None":
+    """For one run of a method, if the plan asks for them. ValueError names what cannot be carried, and why."""
+    if plan.secure is None:
+        return None
+    from anabranch.federated.private import SecureSums, sum_settings
+
+    return SecureSums(sum_settings(plan.secure), chosen.method, plan.schedule.cohort_size(plan.clients))
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
@@ -165,6 +181,7 @@ class _Run:
         self.noise, self.seed = noise, seed
         schedule = replace(plan.schedule, seed=seed)
         self.federation: Federation = found(chosen.method, network, laid.holdings, schedule)
+        self.federation.sums = secure_sums(plan, chosen)
         identity = {
             "method": {"class": type(chosen.method).__name__, **asdict(chosen.method)},
             "noise": noise, "seed": seed, "data": digest, **plan.identity(),
@@ -221,6 +238,7 @@ class _Run:
         entry = {
             "round": f.round - 1, "clients": len(replies.clients), "seconds": round(seconds, 4),
             "moved": float(replies.lengths.sqrt().mean()), "networks": scores,
+            **({"clipped": f.sums.clipped} if f.sums else {}),
         }  # fmt: skip
         self.log.append(entry)
         if self.folder:
@@ -245,6 +263,7 @@ class _Run:
             spectrum=[evaluate.spectrum(of).tolist() for of in features], found=mended.found,
             labels=None if mended.before is None or mended.after is None else [mended.before, mended.after],
             model=hashlib.sha256(f.server["model"].contiguous().numpy().data).hexdigest(),
+            clipped=sum(entry.get("clipped", 0) for entry in self.log),
             seconds=sum(entry["seconds"] for entry in self.log),
         )  # fmt: skip
         if self.folder:

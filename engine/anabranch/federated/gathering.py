@@ -68,14 +68,18 @@ class Gathering:
     """The replies to a model [W, D] of clients [m], in the order in which groups of them come.
 
     counts  [m] int64      samples of each
+    whole   keep all models, which methods do that need them all
+
     Sums are taken in that order, in float64.
     """
 
-    def __init__(self, method: FedAvg, network: Network, model: Tensor, clients: Tensor, counts: Tensor) -> None:
+    def __init__(
+        self, method: FedAvg, network: Network, model: Tensor, clients: Tensor, counts: Tensor, *, whole: bool = False
+    ) -> None:
         self._method, self._trained = method, network.layout.trained
         self._model, self._clients, self._counts = model, clients, counts
         self._total = torch.zeros(model.shape, dtype=torch.float64)
-        self._models = torch.empty(len(clients), *model.shape) if method.needs_all else None
+        self._models = torch.empty(len(clients), *model.shape) if method.needs_all or whole else None
         self._lengths = torch.empty(len(clients), len(model), dtype=torch.float64)
         self._extras: list[tuple[Tensor, Tensors]] = []
 

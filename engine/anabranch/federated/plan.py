@@ -26,6 +26,7 @@ class Plan:
     minimum        samples of a client
     network        mlp, cnn, resnet18 or text
     hidden         widths of the perceptron's layers
+    secure         the mean as a secure sum, as privacy=2,dropouts=1; None for a plain one
     seeds          runs of each method and noise; the first has the schedule's seed, each further one the next
     evaluate_every rounds between looks at the test; after the last round there is always one
     threads        that train clients; the results do not depend on them
@@ -43,6 +44,7 @@ class Plan:
     minimum: int = 1
     network: str = "mlp"
     hidden: tuple[int, ...] = (64,)
+    secure: str | None = None
     seeds: int = 1
     evaluate_every: int = 1
     threads: int | None = None
@@ -67,7 +69,8 @@ class Plan:
         names = ("picture_size", "clients", "partition", "minimum", "network", "hidden", "evaluate_every")
         shown = {name: getattr(self, name) for name in names}
         schedule = {name: getattr(self.schedule, name) for name in SCHEDULE if name != "seed"}
-        return {**shown, "hidden": list(self.hidden), **schedule}
+        sums = {"secure": self.secure} if self.secure else {}
+        return {**shown, "hidden": list(self.hidden), **schedule, **sums}
 
 
 def read_plan(config: Path | None, given: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:

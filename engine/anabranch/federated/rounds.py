@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from anabranch.federated.networks.layout import Network
 from anabranch.federated.packed import pack
 from anabranch.federated.schedule import Schedule
 from anabranch.federated.streams import NOBODY, Streams
+
+if TYPE_CHECKING:
+    from anabranch.federated.private import SecureSums
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,6 +49,7 @@ class Federation:
     server  "model" [W, D] and what the method's server knows beside it
     kept    what clients keep, for those that have been visited
     round   the next
+    sums    by which the mean is taken, in the plain one's place
     """
 
     method: FedAvg
@@ -55,6 +59,7 @@ class Federation:
     server: Tensors
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     round: int = 0
+    sums: "SecureSums | None" = None
 
 
 def found(method: FedAvg, network: Network, holdings: Holdings, schedule: Schedule) -> Federation:
@@ -96,12 +101,14 @@ def visit_all(federation: Federation, clients: Tensor, *, threads: int) -> Repli
     """Train some clients [m] and gather what they send."""
     f = federation
     counts = torch.tensor([len(f.holdings.owned[k]) for k in clients.tolist()])
-    gathering = Gathering(f.method, f.network, f.server["model"], clients, counts)
+    whole = f.sums is not None
+    gathering = Gathering(f.method, f.network, f.server["model"], clients, counts, whole=whole)
     for visit, (rows, extra) in each(partial(pay, f.method), _visits(f, clients), threads):
         gathering.take(visit.clients, rows, extra)
         if visit.kept:
             f.kept.update(zip(visit.clients.tolist(), kept_by_each(f.method, visit), strict=True))
-    return gathering.replies()
+    replies = gathering.replies()
+    return replies if f.sums is None else f.sums.carry(f.server["model"], replies)
 
 
 def each(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[tuple[T, R]]:

@@ -118,8 +118,22 @@ def about(results: Results) -> list[str]:
         f"{s.epochs} epochs, batches of {s.batch}, lr {s.lr:g}",
         f"accuracy in % on the test, mean of the last {min(LAST, s.rounds)} rounds, ± 95 % of Student's t over "
         f"{plan.seeds} seed{'s' * (plan.seeds != 1)}; beside it the difference from the baseline, paired by seed",
+        *([secured(results)] if plan.secure else []),
         *(["stopped before all runs were done; go on with --resume"] if results.interrupted else []),
     ]
+
+
+def secured(results: Results) -> str:
+    """How the means were summed."""
+    from anabranch.federated.private import sum_settings
+
+    s = sum_settings(results.plan.secure or "")
+    clipped = sum(one.clipped for one in results.courses)
+    return (
+        f"means are secure sums: the server and {s.privacy} clients together learn no more; {s.dropouts} may fall "
+        f"silent, {s.errors} lie. Numbers within ±{s.clip:g}, {s.fraction_bits} bits after the point; {clipped} were "
+        f"clipped"
+    )
 
 
 def grid(rows: Sequence[Row]) -> list[tuple[str, ...]]:

@@ -200,3 +200,28 @@ def test_killed_at_any_moment_it_loses_one_round_and_ends_with_the_same_bits(tmp
     ended, whole = (json.loads((folder / "result.json").read_text()) for folder in (killed, cell))
     assert ended["model"] == whole["model"]
     assert ended["rounds"] == whole["rounds"]
+
+
+def test_means_by_secure_sums(tmp_path):
+    sums = {"secure": "privacy=2,fraction_bits=20", "out": tmp_path}
+    (plain,), (secure,) = (outcome(plan(**more)).courses for more in ({}, sums))
+    for before, after in zip(plain.rounds, secure.rounds, strict=True):
+        assert after[0]["loss"] == pytest.approx(before[0]["loss"], abs=1e-4)
+        assert after != before  # they were rounded
+    (again,) = outcome(plan(**sums, resume=True)).courses
+    assert again.model == secure.model  # masks are drawn anew, sums are exact
+    said = " ".join(tables.about(outcome(plan(**sums, resume=True))))
+    assert "the server and 2 clients together learn no more" in said
+    assert "20 bits after the point; 0 were clipped" in said
+    with pytest.raises(ValueError, match="a resumed run keeps what it is"):
+        outcome(plan(out=tmp_path, resume=True))
+    clipped = outcome(plan(secure="clip=0.001")).courses[0].clipped
+    logged = [json.loads(line) for line in next(tmp_path.glob("*/*/*/rounds.jsonl")).read_text().splitlines()]
+    assert clipped > 0 == sum(entry["clipped"] for entry in logged)
+
+
+def test_methods_that_secure_sums_cannot_carry_are_named_before_anything_runs():
+    with pytest.raises(ValueError, match="secure sums cannot carry FedExP"):
+        outcome(plan(secure="privacy=2"), "fedavg", "fedexp")
+    with pytest.raises(ValueError, match="need 8 clients in a round, a cohort has 5"):
+        outcome(plan(secure="privacy=3,dropouts=2"))
