@@ -145,7 +145,7 @@ class MethodStrategy(Strategy):
             if not bool(server["model"].isfinite().all()):
                 raise ValueError("the model is not finite")
             self.server = server
-        except (ValueError, RuntimeError) as error:  # what clients send may be too little, or make no sense
+        except (LookupError, RuntimeError, ValueError) as error:  # clients may send too little, or nonsense
             log(ERROR, "aggregate_train: the arrays stay as they were: %s", error)
             report["method.skipped"] = 1
         self.round += self._asked is not None
@@ -193,8 +193,12 @@ class MethodStrategy(Strategy):
             log(ERROR, "The round waits for a survey's answers of clients %s", silent)
             return False
         answers = [(torch.tensor([k]), _with_clients(one)) for k, one in self._answers.items()]
-        self.server = self.method.settle(self.server, in_order(answers), self.round)
         self._answers = {}
+        try:
+            self.server = self.method.settle(self.server, in_order(answers), self.round)
+        except (LookupError, RuntimeError, ValueError) as error:
+            log(ERROR, "The round waits, since a survey's answers make no sense: %s", error)
+            return False
         return True
 
     def _messages(self, kind: str, clients: list[int], arrays: ArrayRecord, config: ConfigRecord) -> list[Message]:

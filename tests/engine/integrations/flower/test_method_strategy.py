@@ -321,6 +321,23 @@ def test_too_few_replies_leave_everything_as_it_was():
     assert strategy.round == 1
 
 
+def test_entries_that_all_clients_leave_out():
+    method = RobustFL(ramp=2, trust=1)
+    grid = Grid(method)
+    grid.hostile = {(node, "train"): lambda reply: arrays(reply, "extra", centroids=None) for node in grid.nodes}
+    _, result = over(grid, method, rounds=1)
+    assert result.train_metrics_clientapp[1]["method.skipped"] == 1
+    grid = Grid(method := FedNoRo(warmup=1))
+    grid.hostile = {(node, "query"): no_losses for node in grid.nodes}
+    strategy, result = over(grid, method, rounds=2)
+    assert [result.train_metrics_clientapp[i]["method.skipped"] for i in (1, 2)] == [0, 1]
+    assert strategy.round == 1
+
+
+def no_losses(reply):
+    return arrays(reply, "extra", losses=None) if reply.content.array_records else [reply]
+
+
 def test_what_a_client_refuses():
     grid = Grid(FedAvg())
     strategy = MethodStrategy(FedAvg(), NETWORK, SCHEDULE, clients=5)
