@@ -17,8 +17,8 @@ OPS = sorted(path.parent.name for path in KERNELS.glob("*/op.py"))
 # Inside the engine each floor imports from those before it; every other folder is a family, and families stand alone.
 LOWER = ("common", "data", "models")
 SHARED_ON_TOP = ("labels", "adapters", "aggregate")
-# bench calls the engine as anybody would
-PUBLIC = ("LLM", "SamplingParams", "AggregateMethod", "AggregateOptions", "aggregate_files")
+# bench calls the engine as anybody would; the way into `federated` are its modules
+PUBLIC = ("LLM", "SamplingParams", "AggregateMethod", "AggregateOptions", "aggregate_files", "federated")
 
 
 def modules(folder: Path) -> list[Path]:

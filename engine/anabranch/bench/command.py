@@ -10,6 +10,7 @@ from anabranch.common.files import check_targets
 
 if TYPE_CHECKING:
     from anabranch.bench.aggregate import FilesReport
+    from anabranch.bench.federated import FederatedReport, Row, Task
     from anabranch.bench.field_coding import FieldReport
     from anabranch.bench.geometric_median import Measured, MedianReport
     from anabranch.bench.report import Report, Table
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 PEERS = ("transformers", "llama.cpp")
+FEDERATED = ("digits", "pictures", "methods", "scale", "models")
 RULES = ("median", "trimmed mean", "mean around median")
 EXAMPLES = """examples:
   anabranch bench attention --quick
@@ -46,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fields = _add_kind(kinds, "field-coding", "secret sharing over finite fields beside NumPy and galois", plot=False)
     fields.epilog = "examples:\n  anabranch bench field-coding --threads 1 --repeats 7 --markdown field_coding.md\n"
     _add_secagg(_add_kind(kinds, "secagg", "secure sums beside Flower's SecAgg primitives", plot=False))
+    _add_federated(
+        _add_kind(kinds, "federated", "federated rounds beside plain torch, torch.func and Flower", plot=False)
+    )
     _add_serve(_add_kind(kinds, "serve", "the HTTP server under load beside the engine without it", plot=False))
 
 
@@ -62,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     args.repeats = 3 if args.quick else args.repeats
     kinds: dict[str, Callable[[argparse.Namespace], Table]] = {
         "serve": _serve, "aggregate": _aggregate, "field-coding": _field_coding, "geometric-median": _median,
-        "secagg": _secagg,
+        "secagg": _secagg, "federated": _federated,
     }  # fmt: skip
     with torch_threads(args.threads):
         report = kinds.get(args.kind, _measure)(args)
@@ -217,6 +222,22 @@ def _add_secagg(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", type=int, default=32, help="N (%(default)s)")
     parser.add_argument("--length", type=int, default=1_000_000, help="numbers in a vector (%(default)s)")
     parser.add_argument("--drop", type=int, default=8, help="clients silent in the end (%(default)s)")
+
+
+def _add_federated(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  anabranch bench federated --parts digits pictures
+  anabranch bench federated --parts pictures --data fashion-mnist=PATH
+  anabranch bench federated --parts digits models --flower --clients 100
+"""
+    parser.set_defaults(repeats=7)
+    parser.add_argument(
+        "--parts", nargs="+", choices=FEDERATED, default=list(FEDERATED),
+        help="tasks in turns with their peers, passes of every method, very many clients, digests of models (all)",
+    )  # fmt: skip
+    parser.add_argument("--clients", type=int, nargs="+", default=[100, 1000], help="of the digits (%(default)s)")
+    parser.add_argument("--data", metavar="NAME=PATH", help="pictures of 28 x 28 (default: random ones)")
+    parser.add_argument("--flower", action="store_true", help="Flower's simulation, too; some minutes")
 
 
 def _measure(args: argparse.Namespace) -> "Report":
@@ -470,3 +491,46 @@ def _secagg(args: argparse.Namespace) -> "Table":
 
     clients, length, drop = (8, 100, 1) if args.quick else (args.clients, args.length, args.drop)
     return secagg.measure(clients=clients, length=length, drop=drop, repeats=args.repeats, machine=machine.describe())
+
+
+def _federated(args: argparse.Namespace) -> "FederatedReport":
+    import torch
+
+    from anabranch.bench import federated, machine
+
+    if min(args.clients) < 1:
+        raise ValueError(f"--clients must be at least 1, got {args.clients}")
+    threads, quick = args.threads or torch.get_num_threads(), args.quick
+    rows: list[Row] = []
+    if "digits" in args.parts:
+        for clients in [3] if quick else args.clients:
+            rows += federated.throughput(federated.digits_task(clients), threads=threads, repeats=args.repeats)
+    if "pictures" in args.parts:
+        data = federated.pictures(args.data, most=400) if quick else federated.pictures(args.data)
+        sizes = ((False, 2, 64), (True, 2, 32)) if quick else ((False, 100, 18 * 32), (True, 4, 6 * 32))
+        for convolutions, clients, n in sizes:
+            task = federated.pictures_task(data, clients, convolutions=convolutions, n=n)
+            rows += federated.throughput(task, threads=threads, repeats=args.repeats)
+    if "methods" in args.parts:
+        from anabranch.bench.federated_methods import all_methods, measure_methods
+
+        names, clients = (["symmetric-ce"], 4) if quick else (all_methods(), 20)
+        rows += measure_methods(names, clients=clients, repeats=args.repeats)
+    if "scale" in args.parts:
+        from anabranch.bench.federated_scale import measure_scale
+
+        rows.append(measure_scale(200 if quick else 100_000, samples=160, threads=threads))
+    if "models" in args.parts:
+        rows += federated.digests(clients=5 if quick else 100, rounds=2 if quick else 5, threads=[1, threads])
+    if args.flower:
+        rows += _with_flower(federated.digits_task(3 if quick else 100))
+    return federated.FederatedReport(machine=machine.describe(), measured=tuple(rows))
+
+
+def _with_flower(task: "Task") -> "list[Row]":
+    from tempfile import TemporaryDirectory
+
+    from anabranch.bench.federated_flower import measure_flower
+
+    with TemporaryDirectory(prefix="anabranch-bench-") as folder:
+        return measure_flower(task, Path(folder), rounds=5, runs=2)

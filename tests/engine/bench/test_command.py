@@ -66,6 +66,24 @@ def test_a_quick_run_of_the_median_writes_a_table(tmp_path, capsys):
     assert "--clients must be at least 2" in capsys.readouterr().err
 
 
+def test_a_quick_run_of_federated_rounds_writes_a_table(tmp_path, capsys):
+    files = {name: tmp_path / f"table.{name}" for name in ("json", "markdown")}
+    options = [part for name, path in files.items() for part in (f"--{name}", str(path))]
+    assert main(["bench", "federated", "--quick", "--threads", "1", *options]) == 0
+    measured = json.loads(files["json"].read_text())["measured"]
+    printed = capsys.readouterr().out
+    cases = {"D, 3 clients": 3, "F, 2 clients": 3, "C, 2 clients": 3, "methods, 4 clients, 5 epochs": 2}
+    for case, contenders in cases.items():
+        rows = [row for row in measured if row["case"] == case]
+        assert len(rows) == contenders
+        assert all(len(row["seconds"]) == 3 and row["contender"] in printed for row in rows)
+    (scale,) = [row for row in measured if row["case"].startswith("D, 200 clients")]
+    assert scale["peak"] > 1e8
+    assert all(row["case"] in files["markdown"].read_text() for row in measured)
+    assert main(["bench", "federated", "--clients", "0"]) == 2
+    assert "--clients must be at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--url", "x"], "--url must be NAME=http://"), (["--clients", "0"], "--clients must be at least 1")],
