@@ -44,7 +44,13 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "maskedoptim": ("methods.maskedoptim.MaskedOptim", {}),
     "fedcfa": ("methods.fedcfa.FedCFA", {}),
 }
-NETWORKS = {"mlp": ("vector", "image"), "cnn": ("image",), "resnet18": ("image",), "text": ("text",)}
+NETWORKS = {
+    "mlp": ("vector", "image"),
+    "cnn": ("image",),
+    "resnet10": ("image",),
+    "resnet18": ("image",),
+    "text": ("text",),
+}
 
 
 class Chosen(NamedTuple):
@@ -88,5 +94,7 @@ def choose_network(name: str, data: Labelled, hidden: tuple[int, ...]) -> Networ
     if name == "text":
         return Text(WORDS, data.classes)
     channels, height, width = shape
-    picture_network = CNN if name == "cnn" else ResNet
-    return picture_network(channels, height, width, data.classes)
+    if name == "cnn":
+        return CNN(channels, height, width, data.classes)
+    blocks = (1, 1, 1, 1) if name == "resnet10" else (2, 2, 2, 2)
+    return ResNet(channels, height, width, data.classes, blocks=blocks)

@@ -24,7 +24,7 @@ class Plan:
     clients        K
     partition      iid, shards:S, dirichlet:ALPHA, owners, resample:N
     minimum        samples of a client
-    network        mlp, cnn, resnet18 or text
+    network        mlp, cnn, resnet10, resnet18 or text
     hidden         widths of the perceptron's layers
     secure         the mean as a secure sum, as privacy=2,dropouts=1; None for a plain one
     seeds          runs of each method and noise; the first has the schedule's seed, each further one the next
