@@ -27,16 +27,27 @@ SERVER, KEPT, WHOSE, SIZES = "server.", "kept.", "kept clients", "sizes."
 
 def save(folder: Path, federation: Federation, identity: Mapping[str, Any]) -> None:
     """Write a checkpoint and remove the one before."""
-    name = f"round-{federation.round:06d}.safetensors"
-    write_safetensors(folder / name, to_tensors(federation))
-    write_json(folder / POINTER, {"tensors": name, "round": federation.round, "identity": identity})
+    put(folder, to_tensors(federation), federation.round, identity)
+
+
+def restore(folder: Path, federation: Federation, identity: Mapping[str, Any]) -> None:
+    """Bring a fresh federation to where a checkpoint left it. ValueError where that is another run's."""
+    tensors, federation.round = get(folder, identity)
+    from_tensors(tensors, federation)
+
+
+def put(folder: Path, tensors: Mapping[str, Tensor], round: int, identity: Mapping[str, Any]) -> None:
+    """What a run is before a round; the checkpoint before is removed. No two tensors may share memory."""
+    name = f"round-{round:06d}.safetensors"
+    write_safetensors(folder / name, tensors)
+    write_json(folder / POINTER, {"tensors": name, "round": round, "identity": identity})
     for old in folder.glob("round-*.safetensors"):
         if old.name != name:
             old.unlink()
 
 
-def restore(folder: Path, federation: Federation, identity: Mapping[str, Any]) -> None:
-    """Bring a fresh federation to where a checkpoint left it. ValueError where that is another run's."""
+def get(folder: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], int]:
+    """The tensors of a checkpoint, and the round that comes next. ValueError where it is another run's."""
     saved = read_json(folder / POINTER)
     if saved["identity"] != identity:
         before = saved["identity"]
@@ -46,8 +57,7 @@ def restore(folder: Path, federation: Federation, identity: Mapping[str, Any]) -
             if identity.get(name) != before.get(name)
         ]
         raise ValueError(f"a resumed run keeps what it is; in {folder} {'; '.join(differing)}")
-    from_tensors(load_file(folder / saved["tensors"]), federation)
-    federation.round = saved["round"]
+    return load_file(folder / saved["tensors"]), saved["round"]
 
 
 def to_tensors(federation: Federation) -> dict[str, Tensor]:
