@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from anabranch.federated.options import default_of
 from anabranch.federated.plan import Plan, read_plan
 from anabranch.federated.schedule import Schedule
+from anabranch.federated.tree import command as tree
 
 if TYPE_CHECKING:
     from anabranch.federated.experiment import Results
@@ -34,7 +35,7 @@ HELP = {
     "clients": "clients in all",
     "partition": "iid, shards:S, dirichlet:ALPHA, owners, resample:N",
     "minimum": "samples that each client has at least",
-    "network": "mlp, cnn, resnet18 or text",
+    "network": "mlp, cnn, resnet10, resnet18 or text",
     "hidden": "widths of the perceptron's layers, as 64,64",
     "rounds": "rounds in all",
     "share": "of the clients that train in a round",
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
         if name != "methods":
             _add_plan(command, many="+" if name == "bench" else None)
+    tree.add_arguments(commands.add_parser("tree", help=tree.SUMMARY))
 
 
 def _add_plan(command: argparse.ArgumentParser, *, many: str | None) -> None:
@@ -100,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
     if args.federated == "methods":
         print(list_methods())
         return 0
+    if args.federated == "tree":
+        return tree.run(args)
     names = [*HELP, "method", "noise", "resume"]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.federated == "run":
