@@ -199,24 +199,25 @@ def _predictions(
 ) -> list[Tensor]:
     """[n, C] of each link: what the teacher says of the child's store, rectified by itself, and sent."""
     rule, _ = parse_rule(h.settings.rectify)
-    arrived = []
-    for link, logits in each(partial(_say, h), stage, threads):  # in the order of the links: rings go on
-        _, teacher = _ends(h.tree, link)
-        p, y, height = (
-            F.softmax(logits / h.settings.temperature, 1),
-            h.labels[h.stores[link.child]],
-            h.tree.heights[teacher],
-        )
+    taught: dict[int, list[Link]] = {}
+    for link in stage:
+        taught.setdefault(_ends(h.tree, link)[1], []).append(link)
+    arrived: dict[Link, Tensor] = {}
+    for (teacher, links), logits in each(partial(_say, h), taught.items(), threads):
+        p, height = F.softmax(logits / h.settings.temperature, 1), h.tree.heights[teacher]
+        y = torch.cat([h.labels[h.stores[link.child]] for link in links])
         told[height] += len(y)
         amiss[height] += int(wrong(p, y).sum())
-        p, h.rings[teacher] = rule(p, y, h.rings[teacher])
-        arrived.append(h.channel.send("predictions", link.child, p, up=link.up))
-    return arrived
+        p, h.rings[teacher] = rule(p, y, h.rings[teacher])  # from link to link, as they stand in the stage
+        for link, part in zip(links, p.split([len(h.stores[link.child]) for link in links]), strict=True):
+            arrived[link] = h.channel.send("predictions", link.child, part, up=link.up)
+    return [arrived[link] for link in stage]
 
 
-def _say(h: Hierarchy, link: Link) -> Tensor:
-    _, teacher = _ends(h.tree, link)
-    x = h.bridged.index_select(0, h.stores[link.child])
+def _say(h: Hierarchy, taught: tuple[int, list[Link]]) -> Tensor:
+    """Logits of a teacher on the stores of some links, one after another."""
+    teacher, links = taught
+    x = torch.cat([h.bridged.index_select(0, h.stores[link.child]) for link in links])
     return predict(h.networks[h.tree.heights[teacher]], h.models[teacher], x)
 
 
