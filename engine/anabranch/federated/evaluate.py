@@ -25,10 +25,15 @@ class Scores:
 
 
 @torch.no_grad()
-def predict(network: Network, row: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def look(network: Network, row: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [M, C] and features [M, d] of the network of a row [D] for x [M, ...]."""
     parts = [forward(network, row[None], part[None]) for part in x.split(BATCH)]
     return torch.cat([out.logits[0] for out in parts]), torch.cat([out.features[0] for out in parts])
+
+
+def predict(network: Network, row: Tensor, x: Tensor) -> Tensor:
+    """The logits alone."""
+    return look(network, row, x)[0]
 
 
 def spectrum(features: Tensor) -> Tensor:

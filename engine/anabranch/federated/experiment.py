@@ -274,7 +274,7 @@ class _Run:
     def outputs(self) -> tuple[Tensor, Tensor]:
         """On the test: logits [V, T, C], of each network or of what networks say together, and features [W, T, d]."""
         f = self.federation
-        each = [evaluate.predict(f.network, row, self.data.test_x) for row in f.server["model"]]
+        each = [evaluate.look(f.network, row, self.data.test_x) for row in f.server["model"]]
         return f.method.vote(torch.stack([logits for logits, _ in each])), torch.stack([of for _, of in each])
 
 

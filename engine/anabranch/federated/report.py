@@ -93,7 +93,7 @@ def _section(results: Results, courses: Sequence[Course], rows: Sequence[Row], n
         '<div class="card"><h3>Accuracy on the test, round by round</h3>'
         f"{line_chart(series, x='round', y='accuracy in %')}"
         "<p>Lines: mean over seeds. Bands: from the lowest to the highest. Point at a line to see it alone.</p></div>",
-        f'<div class="scroll">{_details(rows)}</div>',
+        table([DETAILS, *map(details, rows)]),
     ]
     if results.data.classes <= MOST_SEEN:
         names = list(results.data.names)
@@ -124,12 +124,12 @@ def _section(results: Results, courses: Sequence[Course], rows: Sequence[Row], n
     return "".join(parts)
 
 
-def _details(rows: Sequence[Row]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in DETAILS)
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in details(row)) for row in rows]
-    return (
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table>"
-    )
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """A header and lines."""
+    header, *rest = lines
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in rest)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def curve(name: str, runs: Sequence[Course], network: int) -> Series:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
-from anabranch.federated.evaluate import BATCH, confusion, effective_rank, predict, score, spectrum
+from anabranch.federated.evaluate import BATCH, confusion, effective_rank, look, predict, score, spectrum
 from anabranch.federated.networks.layout import forward
 from anabranch.federated.networks.mlp import MLP
 
@@ -35,10 +35,11 @@ def test_prediction_in_batches_is_prediction():
     network = MLP((4, 5, 3))
     generator = torch.Generator().manual_seed(0)
     row, x = network.first(generator), torch.randn(BATCH + 7, 4, generator=generator)
-    logits, features = predict(network, row, x)
+    logits, features = look(network, row, x)
     out = forward(network, row[None], x[None])
     assert_close(logits, out.logits[0])
     assert_close(features, out.features[0])
+    assert_close(predict(network, row, x), logits)
 
 
 def test_the_effective_rank_counts_directions():

@@ -35,7 +35,7 @@ def run(method, clients, rounds):
     federation, accuracies = found(method, MLP((64, 64, 10)), holdings, Schedule(rounds=rounds)), []
     while federation.round < rounds:
         run_round(federation)
-        logits, _ = predict(federation.network, federation.server["model"][0], x)
+        logits = predict(federation.network, federation.server["model"][0], x)
         accuracies.append(float((logits.argmax(1) == y).double().mean()))
     return repair(federation, truth, RATES[clients]), sum(accuracies[-10:]) / len(accuracies[-10:])
 

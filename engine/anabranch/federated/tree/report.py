@@ -17,7 +17,7 @@ def page(results: TreeResults) -> str:
     """The whole document."""
     rows = rows_of(results)
     parts = [f"<p>{escape(sentence)}.</p>" for sentence in about(results)]
-    parts += [_table(grid(rows)), "<h2>What crosses a link, in bytes</h2>", _table(traffic(rows))]
+    parts += [report.table(grid(rows)), "<h2>What crosses a link, in bytes</h2>", report.table(traffic(rows))]
     for noise in dict.fromkeys(one.noise for one in results.courses):
         parts.append(_section(results, [one for one in results.courses if one.noise == noise], noise))
     title = f"A tree learns {escape(results.data.name)}"
@@ -26,13 +26,6 @@ def page(results: TreeResults) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
         f"<style>{report.STYLE}</style><h1>{title}</h1>{''.join(parts)}</html>\n"
     )
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    header, *rest = lines
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in rest)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _section(results: TreeResults, courses: Sequence[TreeCourse], noise: str) -> str:
@@ -67,4 +60,6 @@ def _accuracies(course: TreeCourse, height: int) -> list[float]:
 
 def _series(name: str, values: Sequence[Sequence[float]]) -> Series:
     each = list(zip(*values, strict=True))
-    return Series(name, [fmean(of) for of in each], [min(of) for of in each], [max(of) for of in each])
+    return Series(
+        name, range(1, len(each) + 1), [fmean(of) for of in each], [min(of) for of in each], [max(of) for of in each]
+    )
