@@ -8,7 +8,7 @@ Hostile are the last clients, two (by default) of each kind:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,12 @@ from torch import Tensor
 from anabranch.aggregate.robust import aggregate_updates
 from anabranch.aggregate.settings import AggregateMethod
 from anabranch.federated.attacks import a_little_is_enough, label_flip, sign_flip
-from anabranch.federated.clients import accuracy, first_model, train
-from anabranch.federated.digits import CLASSES, Digits, load_digits
+from anabranch.federated.digits import CLASSES, PIXELS, Digits, load_digits
+from anabranch.federated.evaluate import predict
+from anabranch.federated.method import FedAvg, Replies, Tensors
+from anabranch.federated.networks.mlp import MLP
+from anabranch.federated.rounds import Federation, Holdings, found, run_round
+from anabranch.federated.schedule import Schedule
 
 NOBODY_HOSTILE = "mean, nobody hostile"
 
@@ -61,6 +65,28 @@ class Course(NamedTuple):
     coefficients: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attacked(FedAvg):
+    """A rule in the mean's place. What the hostile clients, the last ones, have learned is not what they send.
+
+    The server keeps Course's tensors of the last round beside the model.
+    """
+
+    needs_all: ClassVar[bool] = True
+
+    rule: AggregateMethod
+    hostile: int
+
+    def aggregate(self, server: Tensors, replies: Replies, round: int) -> dict[str, Tensor]:
+        assert replies.models is not None
+        base = server["model"][0]
+        updates = as_sent(replies.models[:, 0] - base, self.hostile)
+        outcome = aggregate_updates(updates, self.rule, round=round)
+        assert outcome.coefficients is not None  # rules of distances only are compared
+        course = {"updates": updates, "update": outcome.update, "coefficients": outcome.coefficients}
+        return {"model": (base + outcome.update)[None], **course}
+
+
 def rules_compared(hostile: int) -> dict[str, AggregateMethod]:
     """What the server may do, by name."""
     return {
@@ -74,10 +100,9 @@ def run(settings: Settings) -> dict[str, Course]:
     """The same clients and hostility under every rule, and under the mean without the hostile. Deterministic."""
     generator = torch.Generator().manual_seed(settings.seed)
     digits = load_digits(settings.clients, skew=settings.skew, generator=generator)
-    model = first_model(settings.hidden, generator)
-    courses = {NOBODY_HOSTILE: _learn(model, digits, 0, AggregateMethod(rule="mean"), settings)}
+    courses = {NOBODY_HOSTILE: _learn(digits, 0, AggregateMethod(rule="mean"), settings)}
     for name, rule in rules_compared(settings.hostile).items():
-        courses[name] = _learn(model, digits, settings.hostile, rule, settings)
+        courses[name] = _learn(digits, settings.hostile, rule, settings)
     return courses
 
 
@@ -86,29 +111,33 @@ def kinds_of_hostile(hostile: int) -> Mapping[str, int]:
     return {name: (hostile + 2 - i) // 3 for i, name in enumerate(("sign flip", "ALIE", "label flip"))}
 
 
-def _learn(model: Tensor, digits: Digits, hostile: int, rule: AggregateMethod, settings: Settings) -> Course:
-    course = [accuracy(model, digits.test_x, digits.test_y, settings.hidden)]
-    for round in range(settings.rounds):
-        updates = _updates(model, digits, hostile, settings)
-        outcome = aggregate_updates(updates, rule, round=round)
-        model = model + outcome.update
-        course.append(accuracy(model, digits.test_x, digits.test_y, settings.hidden))
-    assert outcome.coefficients is not None  # rules of distances only are compared
-    return Course(course, updates, outcome.update, outcome.coefficients)
+def as_sent(updates: Tensor, hostile: int) -> Tensor:
+    """Updates [N, D] as learned -> as sent: honest clients first, then each kind of hostile ones."""
+    N, kinds = len(updates), kinds_of_hostile(hostile)
+    honest, misled = updates[: N - hostile], updates[N - kinds["label flip"] :]
+    flipped, hidden = (kinds[name] for name in ("sign flip", "ALIE"))
+    return torch.cat([honest, sign_flip(honest, flipped, scale=10.0), a_little_is_enough(honest, hidden), misled])
 
 
-def _updates(model: Tensor, digits: Digits, hostile: int, settings: Settings) -> Tensor:
-    """[N, D]: honest ones first, then those of each kind of hostile clients."""
-    honest, kinds = settings.clients - hostile, kinds_of_hostile(hostile)
-    misled = settings.clients - kinds["label flip"]
-    y = torch.cat([digits.y[:misled], label_flip(digits.y[misled:], CLASSES)])
-    trained = train(model, digits.x, y, hidden=settings.hidden, steps=settings.steps, lr=settings.lr)
-    sound = trained[:honest]
-    return torch.cat(
-        [
-            sound,
-            sign_flip(sound, kinds["sign flip"], scale=10.0),
-            a_little_is_enough(sound, kinds["ALIE"]),
-            trained[misled:],
-        ]
-    )
+def _learn(digits: Digits, hostile: int, rule: AggregateMethod, settings: Settings) -> Course:
+    misled = kinds_of_hostile(hostile)["label flip"]
+    C, n = digits.y.shape
+    y = torch.cat([digits.y[: C - misled], label_flip(digits.y[C - misled :], CLASSES)])
+    holdings = Holdings(digits.x.flatten(0, 1), y.flatten(), torch.arange(C * n).split(n))
+    network = MLP((PIXELS, settings.hidden, CLASSES) if settings.hidden else (PIXELS, CLASSES))
+    schedule = Schedule(  # plain gradient descent: an epoch is one step
+        rounds=settings.rounds, epochs=settings.steps, batch=n, lr=settings.lr, momentum=0.0, weight_decay=0.0,
+        seed=settings.seed,
+    )  # fmt: skip
+    federation = found(Attacked(rule=rule, hostile=hostile), network, holdings, schedule)
+    course = [_accuracy(federation, digits)]
+    for _ in range(settings.rounds):
+        run_round(federation)
+        course.append(_accuracy(federation, digits))
+    last = federation.server
+    return Course(course, last["updates"], last["update"], last["coefficients"])
+
+
+def _accuracy(federation: Federation, digits: Digits) -> float:
+    named = predict(federation.network, federation.server["model"][0], digits.test_x).argmax(1)
+    return float((named == digits.test_y).double().mean())

@@ -20,6 +20,13 @@ from anabranch.aggregate.secure.outcome import Outcome
 from anabranch.aggregate.secure.parameters import Parameters
 from anabranch.aggregate.secure.server import Server
 from anabranch.aggregate.secure.wire import read, write
+from anabranch.federated.digits import load_digits
+from anabranch.federated.gathering import first_server, open_visit, pay
+from anabranch.federated.method import FedAvg
+from anabranch.federated.networks.layout import forward
+from anabranch.federated.networks.mlp import MLP
+from anabranch.federated.packed import pack
+from anabranch.federated.schedule import Schedule
 from anabranch_kernels.field_coding.op import BABYBEAR, FixedPoint
 
 
@@ -137,3 +144,26 @@ def session() -> Callable[..., Session]:
         return made
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained_alone() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """What clients that learned digits by themselves say of those that nobody has: logits [N, 449, 10], and the labels.
+
+    A hundred steps of gradient descent on all of a client's own.
+    """
+
+    def train_alone(clients: int, *, skew: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        digits = load_digits(clients, skew=skew, generator=torch.Generator().manual_seed(seed))
+        C, n = digits.y.shape
+        network, method, numbers = MLP((64, 32, 10)), FedAvg(), torch.arange(C)
+        schedule = Schedule(epochs=100, batch=n, lr=0.5, momentum=0.0, weight_decay=0.0)
+        visit = open_visit(
+            method, network, schedule, round=0, clients=numbers,
+            data=pack(digits.x.flatten(0, 1), digits.y.flatten(), list(torch.arange(C * n).split(n))),
+            received=first_server(method, network, C, seed)["model"].repeat_interleave(C, 0), sent={}, kept=[],
+        )  # fmt: skip
+        rows, _ = pay(method, visit)
+        return forward(network, rows, digits.test_x.expand(C, -1, -1)).logits, digits.test_y
+
+    return train_alone

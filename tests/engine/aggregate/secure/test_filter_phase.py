@@ -12,8 +12,6 @@ from anabranch.aggregate.secure.filter_phase import ClientFilter, beacon_of, com
 from anabranch.aggregate.secure.filtration import Filtration, Hash, encode, hash_logits, judge
 from anabranch.aggregate.secure.wire import read
 from anabranch.federated import attacks
-from anabranch.federated.clients import first_model, logits, train
-from anabranch.federated.digits import load_digits
 from anabranch_kernels.field_coding.op import FixedPoint
 
 SMALL = Filtration(classes=4, bits=30, kappa=15.0, followers=0.0)
@@ -279,13 +277,10 @@ def test_hashes_that_are_too_long_are_named(session):
 
 
 @pytest.fixture(scope="module")
-def fleet():
+def fleet(trained_alone):
     """Logits [12, 200, 10] of clients trained alone on digits, and the public labels [200]."""
-    random = torch.Generator().manual_seed(0)
-    digits = load_digits(12, skew=0.0, generator=random)
-    model = first_model(32, random)
-    models = model + train(model, digits.x, digits.y, hidden=32, steps=100, lr=0.5)
-    return logits(models, digits.test_x[:200].expand(12, -1, -1), 32), digits.test_y[:200]
+    z, y = trained_alone(12, skew=0.0, seed=0)
+    return z[:, :200], y[:200]
 
 
 ATTACKS = {

@@ -13,8 +13,6 @@ from torch.testing import assert_close
 from anabranch.aggregate.secure import filtration
 from anabranch.aggregate.secure.filtration import Filtration, Hash, hash_logits, judge
 from anabranch.federated import attacks
-from anabranch.federated.clients import first_model, logits, train
-from anabranch.federated.digits import load_digits
 
 DIGITS = Filtration(classes=10)
 KNOWN = [-171638.0, -33990.0, -193954.0]  # 2 sum - 8 (2^16 - 1) of eight numbers each, by hashlib and int alone
@@ -139,18 +137,9 @@ def test_a_verdict_by_hand():
     assert verdict.weights.tolist() == [0, 8, 8, 8, 0, 0]  # 10 cos(0.2 pi) = 8.09
 
 
-def fleet(seed, skew):
-    """Logits [20, 449, 10] of clients trained alone, and the labels."""
-    random = torch.Generator().manual_seed(seed)
-    digits = load_digits(20, skew=skew, generator=random)
-    model = first_model(32, random)
-    models = model + train(model, digits.x, digits.y, hidden=32, steps=100, lr=0.5)
-    return logits(models, digits.test_x.expand(20, -1, -1), 32), digits.test_y
-
-
 @pytest.fixture(scope="module")
-def fleets():
-    return {(seed, skew): fleet(seed, skew) for skew in (0.0, 0.3) for seed in (0, 1)}
+def fleets(trained_alone):
+    return {(seed, skew): trained_alone(20, skew=skew, seed=seed) for skew in (0.0, 0.3) for seed in (0, 1)}
 
 
 ATTACKS = {
