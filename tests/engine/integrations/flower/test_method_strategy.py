@@ -1,6 +1,8 @@
 """The federated methods over grids in this process and over Flower's simulation: the models of one machine."""
 
 import re
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
 
@@ -358,6 +360,13 @@ def test_what_a_client_refuses():
         app = client_app(FedAvg(), NETWORK, SCHEDULE, data=lambda context, x=x, y=y: (x, y))
         with pytest.raises(ValueError, match="a client's data are"):
             app(message, Context(1, 1000, {"partition-id": 0}, RecordDict(), {}))
+
+
+@pytest.mark.parametrize("module", ["method_app", "method_strategy", "fused_grid"])
+def test_the_extra_is_named_where_flower_is_missing(module):
+    code = f"import sys; sys.modules['flwr'] = None; import anabranch.integrations.flower.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "need flwr>=1.40: pip install 'anabranch[flower]'" in done.stderr
 
 
 # Two networks; a survey, labels that are kept and all models at once; what is sent beside the model.
