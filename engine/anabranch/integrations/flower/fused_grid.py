@@ -7,7 +7,8 @@
 
 No SuperLink, no Ray, no ServerApp: `send_and_receive` trains all clients that a strategy sends messages to as
 federated/rounds.py does, and answers as method_app.py's clients. What a strategy of Flower's does not know of (`send`,
-`reply`, surveys) needs MethodStrategy. Nodes only train, so Flower's strategies need fraction_evaluate=0.0.
+`reply`, surveys) needs MethodStrategy. Nodes only train, so Flower's strategies need fraction_evaluate=0.0. What
+clients keep is kept here: a grid is of one federation, or of MethodStrategies, which tell theirs apart.
 """
 
 from collections.abc import Iterable, Sequence
@@ -43,8 +44,8 @@ class FusedGrid:
     def __init__(
         self, method: FedAvg, network: Network, schedule: Schedule, holdings: Holdings, *, threads: int = 1
     ) -> None:
-        self.method, self.network, self.schedule, self.holdings = method, network, schedule, holdings
-        self.threads = threads
+        self.method, self.network, self.schedule = method, method.network(network), schedule
+        self.holdings, self.threads = holdings, threads
         self._kept: dict[int, dict[str, Tensor]] = {}
         self._federation = 0  # whose that is
         for name in ("task_id", "run_id", "node_id"):

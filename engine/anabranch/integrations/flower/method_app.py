@@ -5,7 +5,7 @@
 
 It is the method that runs on one machine (federated/rounds.py), unchanged: the same samples, batches and random numbers
 give the same model. Client k of K is the node whose `partition-id` is k. What the client keeps from one visit to the
-next (learned labels, say) stays in context.state, until another strategy comes.
+next (learned labels, say) stays in context.state until another MethodStrategy comes.
 
 MethodStrategy drives every method. Those that send nothing beside the model (method_records.py) also run under Flower's
 own strategies with `fraction_evaluate=0.0`, and as secure sums with `mods=[SecureMod(...)]` under SecureFedAvg.
@@ -48,6 +48,7 @@ def client_app(
     data      the client's own samples: x [n, ...] and labels y [n] int64, n >= 1, the same ones in the same order in
               every round
     """
+    network = method.network(network)
     app = ClientApp(mods=list(mods))
 
     @app.query(records.WHO)

@@ -12,6 +12,7 @@ reply cannot be used (arrays that are missing, misshapen or not finite, or entri
 in name, shape or dtype), are left out, by name in the log and in `reasons`; the others' mean is a mean over them. A
 survey needs all clients: while one has not answered the round is not held, and is tried again as the next.
 A round whose replies are too few for the method, or make a model that is not finite, leaves everything as it was.
+Numbers of examples, which weigh the models, are what nodes claim.
 
 The round's MetricRecord has
   method.round     the method's, from 0
@@ -81,10 +82,10 @@ class MethodStrategy(Strategy):
     ) -> None:
         if clients < 1:
             raise ValueError(f"clients must be at least 1, got {clients}")
-        self.method, self.network, self.schedule, self.clients = method, network, schedule, clients
+        self.method, self.network, self.schedule, self.clients = method, method.network(network), schedule, clients
         self.least_nodes = clients if min_available_nodes is None else min_available_nodes
         self.query_timeout_s, self.most_extra_bytes = query_timeout_s, most_extra_bytes
-        self.server = first_server(method, network, clients, schedule.seed)
+        self.server = first_server(method, self.network, clients, schedule.seed)
         self.round = 0
         self.federation = 1 + secrets.randbelow(1 << 62)
         self.reasons: dict[int, dict[int, str]] = {}
@@ -106,6 +107,7 @@ class MethodStrategy(Strategy):
         self.round, self.federation = int(state["round"]), int(state["federation"])
         server = "server."
         self.server = {name.removeprefix(server): t for name, t in state.items() if name.startswith(server)}
+        self._answers = {}
 
     def summary(self) -> None:
         log(INFO, "\t├──> Method: %s", self.method)
@@ -186,8 +188,9 @@ class MethodStrategy(Strategy):
         self._answers |= _usable(self._ask(grid, messages), asked, self._answer, reasons)
         usual = _usual(self._answers, frozenset())
         for k in self._answers.keys() - usual:
-            reasons[self._node_of[k]] = "an answer unlike those of most clients"
             del self._answers[k]
+            if k in self._node_of:  # it may have gone since it answered
+                reasons[self._node_of[k]] = "an answer unlike those of most clients"
         if len(self._answers) < self.clients:
             silent = [k for k in range(self.clients) if k not in self._answers]
             log(ERROR, "The round waits for a survey's answers of clients %s", silent)
@@ -285,8 +288,8 @@ def _usable(
 
 
 def _usual(entries: Mapping[int, Entries], uneven: frozenset[str]) -> set[int]:
-    """Clients whose entries have the names, dtypes and shapes that most clients' have, but for the number of things
-    of those that are uneven, which all have as many of.
+    """Clients whose entries have the names, dtypes and shapes that most clients' have. Of uneven entries [things, ...]
+    a client may have more or fewer things than others, but as many by each name.
     """
 
     def form(of_client: Entries) -> tuple[Any, ...]:

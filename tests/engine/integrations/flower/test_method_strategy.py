@@ -133,7 +133,7 @@ def test_every_method_is_the_one_on_one_machine(name):
         for key, value in alone.server.items():
             torch.testing.assert_close(strategy.server[key], value, **CLOSE, msg=key)
         sent = {key: torch.from_numpy(array.numpy()) for key, array in result.arrays.items()}
-        torch.testing.assert_close(NETWORK.layout.model(sent), alone.server["model"], **CLOSE)
+        torch.testing.assert_close(alone.network.layout.model(sent), alone.server["model"], **CLOSE)
         assert result.train_metrics_clientapp[2]["method.skipped"] == 0
 
 
