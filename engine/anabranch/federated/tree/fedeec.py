@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.federated.evaluate import predict
+from anabranch.federated.experiment import generator
 from anabranch.federated.local import group_size, train
 from anabranch.federated.method import FedAvg, Visit, batch_mean, cross_entropy
 from anabranch.federated.networks.layout import Network
@@ -116,10 +117,14 @@ def found(
         raise ValueError(f"a tree of height {tree.heights[ROOT]} needs a network for each height, got {len(networks)}")
     if any(network.batch_statistics for network in networks):
         raise ValueError("bridge and real samples go through a network together; take one without batch statistics")
+    if schedule.share < 1 or schedule.augment or schedule.decorrelation:
+        raise ValueError(
+            "in a tree everybody takes part, and samples are shown as they are: no share, augment, decorrelation"
+        )
     if len(holdings.owned) != len(tree.leaves) or min(map(len, holdings.owned)) < 1:
         raise ValueError(f"every one of {len(tree.leaves)} leaves needs samples, got those of {len(holdings.owned)}")
-    generator = torch.Generator().manual_seed(schedule.seed)
-    models = [networks[height].first(generator) for height in tree.heights]
+    drawn = (generator(schedule.seed, f"node {v}") for v in range(len(tree.parents)))  # whatever the others' networks
+    models = [networks[height].first(draw) for height, draw in zip(tree.heights, drawn, strict=True)]
     _, length = parse_rule(settings.rectify)
     M, C = len(holdings.y), networks[0].classes
     h = Hierarchy(

@@ -371,6 +371,13 @@ def test_some_leaves_move_between_rounds_the_same_ones_again():
     assert first[0] != regular((2, 6)).parents
 
 
+def test_first_weights_are_a_nodes_own():
+    """So a larger root leaves its federation as it was."""
+    small, large = hierarchy(), hierarchy(widths=(4, 5, 50))
+    assert all(map(torch.equal, small.models[1:], large.models[1:]))
+    assert not torch.equal(small.models[4], small.models[5])
+
+
 # What is refused
 
 
@@ -386,6 +393,12 @@ def test_what_does_not_fit_is_refused():
     batch = ResNet(1, 8, 8, C, wide=8, norm="batch")
     with pytest.raises(ValueError, match="without batch statistics"):
         found(FedEEC(), tree, [*networks[:2], batch], data, bridge(), SCHEDULE)
+
+
+@pytest.mark.parametrize("change", [{"share": 0.5}, {"augment": True}, {"decorrelation": 0.1}])
+def test_what_a_tree_would_not_heed_is_refused(change):
+    with pytest.raises(ValueError, match="no share, augment, decorrelation"):
+        hierarchy(schedule=replace(SCHEDULE, **change))
 
 
 def test_a_term_without_weight_is_left_out():
