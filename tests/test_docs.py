@@ -36,6 +36,7 @@ def run(arguments, *, cwd, **environment):
         "docs/secure-aggregation.md",
         "docs/adapters.md",
         "docs/federated-learning.md",
+        "docs/end-edge-cloud.md",
         "docs/serving.md",
     ],
 )

@@ -156,8 +156,8 @@ def _signed(value: Interval | None) -> str:
 def traffic(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """A header, and for each height of links the bytes of a round and link beside those of sending models."""
     lines: list[tuple[str, ...]] = [(
-        "link of height", "once: embeddings and labels", "a round: predictions, both ways",
-        "a round: the leaves' model, both ways",
+        "link of height", "once: embeddings and labels", "a round, both ways: predictions, samples of leaves that move",
+        "sending the leaves' model instead",
     )]  # fmt: skip
     row = next((row for row in rows if row.leaves), None)
     for h in range(len(row.link_bytes) if row else 0):

@@ -6,12 +6,23 @@ import pytest
 
 from anabranch.cli import main
 
-QUICK = ["federated", "tree", "--rounds", "2", "--bridge", "pca:8", "--batch", "64", "--no-progress"]
+QUICK = ["federated", "tree", "--rounds", "2", "--bridge", "pca:8", "--batch", "256", "--no-progress"]
 
 
 def test_it_writes_its_tables_and_page(tmp_path, capsys):
     out = tmp_path / "out"
-    given = ["--also", "rectify=off", "--noise", "clean", "symmetric:0.4", "--seeds", "2", "--averaging"]
+    given = [
+        "--tree",
+        "2,4",
+        "--also",
+        "rectify=off",
+        "--noise",
+        "clean",
+        "symmetric:0.4",
+        "--seeds",
+        "2",
+        "--averaging",
+    ]
     assert main([*QUICK, *given, "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "report.html" in shown

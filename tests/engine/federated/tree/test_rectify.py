@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -22,6 +22,7 @@ def told(draw):
 
 
 @pytest.mark.parametrize("text", RULES)
+@settings(max_examples=40)
 @given(told())
 def test_right_predictions_pass_and_wrong_ones_become_right(text, told):
     p, y = told
@@ -35,6 +36,7 @@ def test_right_predictions_pass_and_wrong_ones_become_right(text, told):
 
 
 @pytest.mark.parametrize("text", RULES)
+@settings(max_examples=40)
 @given(told())
 def test_the_other_classes_keep_their_order(text, told):
     p, y = told
@@ -66,6 +68,7 @@ def one_after_another(p, y, q, histories):
     return torch.tensor(out)
 
 
+@settings(max_examples=60)
 @given(st.integers(1, 4), st.integers(0, 1000), st.integers(1, 25))
 def test_the_ring_is_one_sample_after_another_in_whatever_pieces(q, seed, piece):
     drawn = torch.Generator().manual_seed(seed)
