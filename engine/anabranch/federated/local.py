@@ -9,15 +9,21 @@ from anabranch.federated.decorrelation import correlation
 from anabranch.federated.method import FedAvg, Visit
 from anabranch.federated.packed import Batch, epoch
 
-# Clients share a computation while their rows, gradients and momentum stay in a core's cache, and only where a client's
-# own products are too small to fill a core: beyond, one after another is faster (measured, benchmarks/results).
-CACHED_NUMBERS = 400_000
-FLOPS_ALONE = 8e6  # of a client's step, forward and backward
+# Clients share a computation, so that its many small operations are called once for all of them, while their rows,
+# gradients and momentum stay in a cache, and only where a client's own products do not take far longer than the calls:
+# beyond, one after another is as fast (measured, benchmarks/results).
+CACHED_NUMBERS = 800_000
+FLOPS_ALONE = 2e8  # of a client's step, forward and backward
 
 
-def group_size(size: int, flops: float) -> int:
-    """Clients to train together, of rows of `size` numbers and steps of so many floating-point operations."""
-    return 1 if flops > FLOPS_ALONE else max(1, CACHED_NUMBERS // size)
+def group_size(clients: int, size: int, flops: float) -> int:
+    """How many of so many clients to train together, of rows of `size` numbers and steps of `flops` operations.
+
+    Groups are about as large, and an even number of them, so that two threads end together.
+    """
+    most = 1 if flops > FLOPS_ALONE else max(1, CACHED_NUMBERS // size)
+    groups = -(-clients // most)
+    return -(-clients // (groups + groups % 2)) if groups > 1 else clients
 
 
 def train(method: FedAvg, visit: Visit) -> Tensor:

@@ -129,7 +129,7 @@ def groups(method: FedAvg, network: Network, schedule: Schedule, counts: Mapping
     W = method.networks
     flops = BACKWARD * W * network.flops * schedule.batch
     by_count = sorted(counts, key=lambda k: (counts[k], k))
-    size = 1 if network.batch_statistics else group_size(W * network.layout.size, flops)
+    size = 1 if network.batch_statistics else group_size(len(counts), W * network.layout.size, flops)
     for begin in range(0, len(by_count), size):
         yield sorted(by_count[begin : begin + size])
 

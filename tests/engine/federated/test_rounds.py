@@ -74,7 +74,9 @@ def test_fedavg_is_what_torch_makes_of_it(counts, batch, epochs, drop_last, shar
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_bits_do_not_depend_on_threads(threads):
+def test_bits_do_not_depend_on_threads(threads, monkeypatch):
+    monkeypatch.setattr(local, "CACHED_NUMBERS", 2 * NETWORK.layout.size)  # two groups
+
     def after(threads):
         federation = found(FedAvg(), NETWORK, holdings([4, 9, 2, 7, 5, 5]), Schedule(batch=3, share=0.7))
         for _ in range(3):
@@ -93,6 +95,15 @@ def test_one_at_a_time_or_all_together(monkeypatch):
 
     for alone, together in zip(after(1), after(10**6), strict=True):
         torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("clients", "most", "size"), [(7, 10, 7), (7, 7, 7), (8, 7, 4), (21, 10, 6), (100, 33, 25), (5, 1, 1), (1, 1, 1)]
+)
+def test_groups_are_even_in_number_and_alike(clients, most, size):
+    assert local.group_size(clients, local.CACHED_NUMBERS // most, 1.0) == size
+    assert local.group_size(clients, local.CACHED_NUMBERS // most, 2 * local.FLOPS_ALONE) == 1
+    assert size <= most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
