@@ -18,11 +18,11 @@ def test_the_mean_breaks_and_robust_rules_do_not():
 
 
 def test_the_same_seed_the_same_bits():
-    first, second = (demo.run(Settings(rounds=2, seed=5)) for _ in range(2))
+    first, second = (demo.run(Settings(rounds=2, steps=2, seed=5)) for _ in range(2))
     for name, course in first.items():
         assert course.accuracy == second[name].accuracy
         assert course.updates.equal(second[name].updates)
-    other = demo.run(Settings(rounds=2, seed=6))
+    other = demo.run(Settings(rounds=2, steps=2, seed=6))
     assert other["mean"].accuracy != first["mean"].accuracy
 
 
@@ -31,7 +31,7 @@ def test_hostile_clients_are_as_many_of_each_kind_as_possible(hostile):
     kinds = demo.kinds_of_hostile(hostile)
     assert sum(kinds.values()) == hostile
     assert max(kinds.values()) - min(kinds.values()) <= 1
-    courses = demo.run(Settings(rounds=1, hostile=hostile, clients=15))
+    courses = demo.run(Settings(rounds=1, steps=2, hostile=hostile, clients=15))
     updates = courses["mean"].updates
     assert updates.shape[0] == 15
     honest = updates[: 15 - hostile]
