@@ -191,7 +191,7 @@ def throughput(task: Task, *, threads: int, repeats: int) -> list[Row]:
         contenders.insert(-2, (f"torch loop, {threads} processes", processes.round))
     try:
         check_agreement(task.name, contenders)
-        times = interleave([timed(step) for _, step in contenders], repeats=repeats, warmup=1)
+        times = interleave([timed(step) for _, step in contenders], repeats=repeats, warmup=0)  # the comparison was one
     finally:
         if processes:
             processes.close()

@@ -51,14 +51,15 @@ def slope_of(method: FedAvg, visit: Visit, rows: Tensor, batch: Batch) -> list[T
     """
     leaf = rows.detach().requires_grad_()
     if len(rows) > 1:
-        (slope,) = torch.autograd.grad(descended(method, visit, leaf, batch), leaf)
+        loss = descended(method, visit, leaf, batch)
+        (slope,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
         return [slope[:, : visit.network.layout.trained]]
     layout = visit.network.layout
     views = {name: view.detach().requires_grad_() for name, view in layout.views(rows).items()}
     visit.leaves = leaf, views
     loss = descended(method, visit, leaf, batch)
     trained = list(views.values())[: layout.tensors_trained]
-    whole, *slopes = torch.autograd.grad(loss, [leaf, *trained], allow_unused=True)
+    whole, *slopes = torch.autograd.grad(loss, [leaf, *trained], torch.ones_like(loss), allow_unused=True)
     visit.leaves = None
     if whole is None:
         return [torch.zeros_like(view) if slope is None else slope for view, slope in zip(trained, slopes, strict=True)]
@@ -68,12 +69,12 @@ def slope_of(method: FedAvg, visit: Visit, rows: Tensor, batch: Batch) -> list[T
 
 
 def descended(method: FedAvg, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
-    """The method's loss, and what the schedule adds to any; summed over rows, of which each has its own."""
+    """[W * N]: the method's loss of each row, and what the schedule adds to any."""
     loss = method.loss(visit, rows, batch)
     if visit.schedule.decorrelation:
         features = visit.features(rows, batch.x)
         loss = loss + visit.schedule.decorrelation * correlation(features, batch.real)
-    return loss.sum()
+    return loss
 
 
 def step(rows: Tensor, velocity: Tensor, slopes: list[Tensor], visit: Visit, batch: Batch) -> None:

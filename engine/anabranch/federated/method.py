@@ -205,5 +205,5 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 def batch_mean(values: Tensor, batch: Batch) -> Tensor:
     """Over the samples of a batch that count: [W * N, B] -> [W * N]."""
     copies = len(values) // len(batch.weight)
-    weighted: Tensor = values.unflatten(0, (copies, -1)) * batch.weight
-    return weighted.sum(-1).flatten()
+    weight = batch.weight.repeat(copies, 1) if copies > 1 else batch.weight
+    return (values * weight).sum(-1)

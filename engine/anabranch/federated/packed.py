@@ -68,9 +68,13 @@ class Batch(NamedTuple):
 
         turn  [N, B] int64   values are [N, n, q, ...] then, and this is the entry of q to write
         """
-        client, place = self.real.nonzero(as_tuple=True)
-        index = (client, self.which[client, place])
-        values[index if turn is None else (*index, turn[client, place])] = new[client, place]
+        index: tuple[Tensor, ...] = (torch.arange(len(values))[:, None], self.which)
+        if turn is not None:
+            index = (*index, turn)
+        real = self.real
+        if not real.all():
+            new = torch.where(real.view(*real.shape, *[1] * (new.ndim - 2)), new, values[index])
+        values[index] = new
 
 
 def pack(x: Tensor, y: Tensor, owned: list[Tensor]) -> Packed:
@@ -103,15 +107,15 @@ def epoch(data: Packed, streams: Streams, number: int, *, size: int, drop_last: 
     """
     order = streams.order(data.counts, data.y.shape[1], number)
     counts = data.counts - data.counts % size * (data.counts >= size) if drop_last else data.counts
-    places, longest = torch.arange(size), int(counts.max())
-    index, y = data.owned.gather(1, order), data.y.gather(1, order)
-    for begin in range(0, longest, size):
-        batch = slice(begin, min(begin + size, order.shape[1]))
-        which = order[:, batch]
-        sizes = (counts - begin).clamp(0, which.shape[1])
-        weight = (places[: which.shape[1]] < sizes[:, None]) / sizes.clamp_min(1)[:, None]
-        x, step = _take(data.source, index[:, batch]), number * EPOCH + begin // size
-        yield Batch(x, y[:, batch], which, weight.float(), sizes > 0, step)
+    longest = int(counts.max())
+    order = order[:, :longest]
+    sizes = (counts[:, None] - torch.arange(0, longest, size)).clamp(0, size)  # [N, steps]
+    real = torch.arange(longest) < counts[:, None]
+    weight = real / sizes.clamp_min(1).repeat_interleave(size, 1)[:, :longest]
+    # The pieces of all batches at once: a call for each tensor, not for each batch.
+    parts = (values.split(size, 1) for values in (data.owned.gather(1, order), data.y.gather(1, order), order, weight))
+    for i, (index, y, which, weight, live) in enumerate(zip(*parts, (sizes > 0).unbind(1), strict=True)):
+        yield Batch(_take(data.source, index), y, which, weight, live, number * EPOCH + i)
 
 
 def _take(source: Tensor, which: Tensor) -> Tensor:
