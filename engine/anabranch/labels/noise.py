@@ -4,10 +4,12 @@
     pairflip     the class before, y -> (y - 1) mod C              T = (1 - r) I + r P
     asymmetric   classes that look alike, in CIFAR-10 truck -> automobile, bird -> airplane, deer -> horse, cat <-> dog
     instance     wrong the more often, and in the way, that the sample's own numbers say (Xia et al., arXiv 2006.07836)
+    two parts    samples with a part that says the class, and one that also shows how likely its label is wrong
 
 From FNBench's code (arXiv 2505.06684): exactly int(n r) labels are flipped, not each with probability r, and pairs run
 downwards, where most libraries add one. Of asymmetric noise the same share of those labels that have somewhere to go.
-Reconstructed here: the instance noise, from common practice.
+Reconstructed here: the instance noise, from common practice, and samples of two parts, after the causal graph of
+arXiv 2412.13516: class -> x1, class -> x2 <- z -> label <- class.
 """
 
 import math
@@ -77,6 +79,40 @@ def instance_dependent(x: Tensor, y: Tensor, rates: Tensor, classes: int, genera
     rows = (q[:, None] * scores.softmax(1)).scatter_(1, y[:, None], (1 - q)[:, None])
     beyond = rows.cumsum(1) <= torch.rand(n, 1, generator=generator, dtype=torch.float64) * rows.sum(1, keepdim=True)
     return InstanceNoise(beyond.sum(1).clamp_max(classes - 1), rows)
+
+
+class TwoParts(NamedTuple):
+    """x      [n, resistant + sensitive] float32: x1, then x2
+    clean  [n] int64     the class
+    y      [n] int64     the label
+    rates  [n] float64   how likely it was to be a wrong one
+    """
+
+    x: Tensor
+    clean: Tensor
+    y: Tensor
+    rates: Tensor
+
+
+def two_parts(
+    n: int, classes: int, generator: torch.Generator, *, resistant: int, sensitive: int, shift: float, strength: float
+) -> TwoParts:
+    """Samples whose class is argmax of a linear map of x1, and whose labels are wrong with rate sigmoid(w z).
+
+    x1 and z are normal, x2 = u(class) + z with normal u of deviation `shift`; all |w_f| are equal, so that each column
+    of x2 matters, and w is `strength` long. The rates are 1/2 in the mean; a wrong label is any other one.
+    """
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x1, z = normal(n, resistant), normal(n, sensitive)
+    u, w = shift * normal(classes, sensitive), normal(sensitive).sign()
+    clean = (x1 @ normal(resistant, classes)).argmax(1)
+    rates = (z @ (strength * w / w.norm())).sigmoid()
+    wrong = torch.rand(n, generator=generator, dtype=torch.float64) < rates
+    by = torch.randint(1, classes, (n,), generator=generator)
+    return TwoParts(torch.cat([x1, u[clean] + z], 1).float(), clean, (clean + by * wrong) % classes, rates)
 
 
 def symmetric_matrix(rate: float, classes: int) -> Tensor:

@@ -97,3 +97,31 @@ def test_no_instance_noise_at_zero_but_its_spread():
 def test_a_rate_beyond_one_is_refused():
     with pytest.raises(ValueError, match=r"in \[0, 1\], got 1.2"):
         noise.flip_symmetric(torch.zeros(3).long(), 1.2, 3, generator())
+
+
+def test_two_parts_are_as_they_were_asked_for():
+    made = noise.two_parts(20_000, 4, generator(3), resistant=6, sensitive=2, shift=0.7, strength=3.0)
+    assert made.x.shape == (20_000, 8)
+    assert set(made.y.tolist()) == set(made.clean.tolist()) == {0, 1, 2, 3}
+    wrong = made.y != made.clean
+    assert float(made.rates.mean()) == pytest.approx(0.5, abs=0.01)  # z has as much below as above
+    for low in (0.0, 0.25, 0.5, 0.75):  # labels are wrong as often as their rates say
+        some = (made.rates >= low) & (made.rates < low + 0.25)
+        assert float(wrong[some].double().mean()) == pytest.approx(float(made.rates[some].mean()), abs=0.02)
+    # z is what is left of x2 around the mean of its class, and its sign pattern decides the rates
+    x2 = made.x[:, 6:].double()
+    means = torch.stack([x2[made.clean == c].mean(0) for c in range(4)])
+    z = x2 - means[made.clean]
+    slope = torch.linalg.lstsq(z, torch.logit(made.rates)[:, None]).solution[:, 0]
+    assert_close(slope.abs(), torch.full((2,), 3 / 2**0.5, dtype=torch.float64), atol=0.05, rtol=0)
+    # x1 says the class and nothing of the noise, given the class
+    assert abs(float(torch.corrcoef(torch.stack([made.x[:, 0].double(), made.rates]))[0, 1])) < 0.03
+
+
+def test_two_parts_have_a_class_that_is_linear_in_the_first():
+    made = noise.two_parts(4000, 3, generator(1), resistant=4, sensitive=2, shift=1.0, strength=3.0)
+    from sklearn.linear_model import LogisticRegression
+
+    x1, x2 = made.x[:, :4].numpy(), made.x[:, 4:].numpy()
+    assert LogisticRegression(C=100).fit(x1, made.clean.numpy()).score(x1, made.clean.numpy()) > 0.99
+    assert LogisticRegression(C=100).fit(x2, made.clean.numpy()).score(x2, made.clean.numpy()) < 0.9
