@@ -117,7 +117,8 @@ def about(results: Results) -> list[str]:
         f"clients, {s.cohort_size(plan.clients)} in a round, {plan.partition}; {network}; {s.rounds} rounds of "
         f"{s.epochs} epochs, batches of {s.batch}, lr {s.lr:g}",
         f"accuracy in % on the test, mean of the last {min(LAST, s.rounds)} rounds, ± 95 % of Student's t over "
-        f"{plan.seeds} seed{'s' * (plan.seeds != 1)}; beside it the difference from the baseline, paired by seed",
+        f"{plan.seeds} seed{'s' * (plan.seeds != 1)}; beside it the difference from the baseline, paired by seed, and "
+        "how much of what the noise costs the baseline it wins back",
         *([secured(results)] if plan.secure else []),
         *(["stopped before all runs were done; go on with --resume"] if results.interrupted else []),
     ]
@@ -137,11 +138,14 @@ def secured(results: Results) -> str:
 
 
 def grid(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """A header and a line for each method: its accuracies under each noise."""
+    """A header and a line for each method: its accuracies under each noise, and in brackets the differences from the
+    baseline and the shares of the gap that they close.
+    """
     noises = list(dict.fromkeys(row.noise for row in rows))
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
-        apart = f" ({percent(row.difference, signed=True)})" if row.difference else ""
+        closed = f"; {row.closed.mean:.0%}" if row.closed else ""
+        apart = f" ({percent(row.difference, signed=True)}{closed})" if row.difference else ""
         cells.setdefault(called(row), {})[row.noise] = percent(row.accuracy) + apart
     return [("method", *noises), *((name, *(of.get(noise, "–") for noise in noises)) for name, of in cells.items())]
 

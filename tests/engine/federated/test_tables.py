@@ -9,7 +9,7 @@ from scipy import stats
 from anabranch.data.labelled import Labelled
 from anabranch.federated.experiment import Course, Results
 from anabranch.federated.plan import Plan
-from anabranch.federated.tables import DETAILS, details, interval, numbers, rows_of, to_markdown, to_text
+from anabranch.federated.tables import DETAILS, details, grid, interval, numbers, rows_of, to_markdown, to_text
 
 
 def course(method, seed, accuracies, noise="clean", networks=1):
@@ -66,6 +66,7 @@ def test_the_gap_that_a_method_closes_is_a_share_of_what_the_noise_costs():
     closed, apart = rows["b", "pairflip:0.4"].closed, rows["b", "pairflip:0.4"].difference
     assert closed.mean == pytest.approx(0.25 / 0.405)
     assert closed.half == pytest.approx(apart.half / 0.405)
+    assert grid(rows_of(courses))[2][2].endswith("; 62%)")
     assert rows["b", "clean"].closed is None
     assert all(row.closed is None for row in rows_of(courses[4:]))  # no clean runs
 
