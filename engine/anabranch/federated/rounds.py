@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from anabranch.common.threads import torch_threads
 from anabranch.federated.gathering import Gathering, first_server, in_order, kept_by_each, open_visit, pay
 from anabranch.federated.local import group_size
 from anabranch.federated.method import FedAvg, Replies, Tensors, Visit
@@ -112,8 +113,11 @@ def visit_all(federation: Federation, clients: Tensor, *, threads: int) -> Repli
 
 
 def each(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[tuple[T, R]]:
-    """Results in the order of the items. Each is computed by one thread alone; few of them are there at a time."""
-    with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
+    """Results in the order of the items. Each is computed by one thread alone; few of them are there at a time.
+
+    What the caller does with a result is done by one thread, too: more would go on waiting for work where others compute.
+    """
+    with torch_threads(1), ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
         waiting = []
         for item in items:
             waiting.append((item, pool.submit(function, item)))

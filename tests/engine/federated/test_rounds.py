@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anabranch.common.threads import torch_threads
 from anabranch.federated import local
 from anabranch.federated.method import FedAvg
 from anabranch.federated.networks.mlp import MLP
 from anabranch.federated.networks.resnet import ResNet
-from anabranch.federated.rounds import Holdings, cohort, found, run_round
+from anabranch.federated.rounds import Holdings, cohort, each, found, run_round
 from anabranch.federated.schedule import Schedule
 from anabranch.federated.streams import Streams
 
@@ -147,3 +148,16 @@ def test_a_client_without_samples_is_refused():
     x, y, owned = holdings([3, 2])
     with pytest.raises(ValueError, match="at least one sample"):
         found(FedAvg(), NETWORK, Holdings(x, y, [*owned, torch.tensor([], dtype=torch.int64)]), Schedule())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_all_compute_with_one_thread_until_the_results_are_there(threads):
+    before = torch.get_num_threads()
+    with torch_threads(3):
+        seen = [
+            (i, inside, torch.get_num_threads())
+            for i, inside in each(lambda _: torch.get_num_threads(), "abc", threads)
+        ]
+        assert torch.get_num_threads() == 3
+    assert seen == [("a", 1, 1), ("b", 1, 1), ("c", 1, 1)]
+    assert torch.get_num_threads() == before
