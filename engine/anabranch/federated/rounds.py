@@ -115,7 +115,7 @@ def visit_all(federation: Federation, clients: Tensor, *, threads: int) -> Repli
 def each(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[tuple[T, R]]:
     """Results in the order of the items. Each is computed by one thread alone; few of them are there at a time.
 
-    What the caller does with a result is done by one thread, too: more would go on waiting for work where others compute.
+    What the caller does with a result is done by one thread, too: more would spin for work where others compute.
     """
     with torch_threads(1), ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
         waiting = []
