@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,29 +109,45 @@ def test_a_stopped_run_goes_on_with_the_same_bits(settings, method, stop, monkey
     assert log(parts.out) == log(settings.out)
 
 
-@pytest.mark.parametrize("method", ["smora", "triadapt", "adalora"])
-def test_two_processes_do_what_one_does_with_twice_the_passes(settings, method, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+ONE_AFTER_ANOTHER = """
+import os, sys
+from anabranch.cli import main
+
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # every run meets at a port of its own
+for method, port in zip(("smora", "triadapt", "adalora"), sys.argv[1:4]):
+    os.environ["MASTER_PORT"] = port
+    assert main([*sys.argv[4:], "--method", method, "--out", method]) == 0
+"""
+
+
+def test_two_processes_do_what_one_does_with_twice_the_passes(settings, tmp_path):
+    """All methods in one pair of processes, for to start those takes longer than to tune."""
+    with ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in range(4)]
+        for one in free:
+            one.bind(("127.0.0.1", 0))
+        first, *ports = (str(one.getsockname()[1]) for one in free)
+    (tmp_path / "all.py").write_text(ONE_AFTER_ANOTHER)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "anabranch",
-        "tune", str(settings.model), "--data", str(settings.held_out), "--out", str(tmp_path / "two"), "--rank", "4",
-        "--method", method, "--context", "32", "--batch", "2", "--steps", "6", "--lr", "1e-3", "--growth-every", "2",
-        "--orthogonality", "0.1", "--no-progress", "--json",
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={first}", "all.py", *ports,
+        "tune", str(settings.model), "--data", str(settings.held_out), "--rank", "4", "--context", "32", "--batch", "2",
+        "--steps", "6", "--lr", "1e-3", "--growth-every", "2", "--orthogonality", "0.1", "--no-progress", "--json",
     ]  # fmt: skip
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    one = tune(replace(settings, method=method, steps=6, lr=1e-3, accumulate=2, held_out=None, orthogonality=0.1))
-    assert said["ranks"] == one.ranks
-    assert said["train_loss"] == pytest.approx(one.train_loss, abs=2e-5)
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (settings.out, tmp_path / "two"))
-    for name, x in ours.items():
-        # Sums in another order: AdamW divides small gradients by their own size, so a step may differ by a share of lr.
-        torch.testing.assert_close(theirs[name], x, rtol=1e-3, atol=1e-4)
+    together = replace(settings, steps=6, lr=1e-3, accumulate=2, held_out=None, orthogonality=0.1)
+    for method, line in zip(("smora", "triadapt", "adalora"), done.stdout.splitlines(), strict=True):
+        said, one = json.loads(line), tune(replace(together, method=method, out=tmp_path / f"{method} alone"))
+        assert said["ranks"] == one.ranks, method
+        assert said["train_loss"] == pytest.approx(one.train_loss, abs=2e-5)
+        ours, theirs = (
+            load_file(tmp_path / name / "adapter_model.safetensors") for name in (f"{method} alone", method)
+        )
+        for name, x in ours.items():
+            # Sums in another order: AdamW divides small gradients by their size, so a step may differ by a share of lr.
+            torch.testing.assert_close(theirs[name], x, rtol=1e-3, atol=1e-4)
 
 
 def test_the_log_holds_every_growth(settings):
