@@ -9,6 +9,8 @@ from typing import NamedTuple
 COLOURS = 10  # --c0 .. --c9; further series are dashed
 LEAST_SEEN = 0.0005  # share below which a cell is left empty
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 360, 46, 190, 12, 36
+ROOM = 14.0  # a name's, one above the other; a chart of many lines is the taller
+FEW = 12  # lines whose bands can be told apart
 
 
 class Series(NamedTuple):
@@ -26,13 +28,15 @@ def line_chart(series: Sequence[Series], *, x: str, y: str) -> str:
     rounds = max(one.rounds[-1] for one in series)
     low = floor(10 * min(min(one.low) for one in series)) / 10
     high = max(ceil(10 * max(max(one.high) for one in series)) / 10, low + 0.1)
+    height = max(HEIGHT, ceil(ROOM * (len(series) + 1)))
+    opacity = 0.15 if len(series) <= FEW else 0.03
 
     def at(round: float, value: float) -> str:
         across = (round - 1) / max(1, rounds - 1) * (WIDTH - LEFT - RIGHT)
-        return f"{LEFT + across:.1f},{TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM):.1f}"
+        return f"{LEFT + across:.1f},{TOP + (high - value) / (high - low) * (height - TOP - BOTTOM):.1f}"
 
-    parts = [_grid(low, high, rounds, x, y)]
-    ends = _apart([float(at(one.rounds[-1], one.middle[-1]).split(",")[1]) for one in series])
+    parts = [_grid(low, high, rounds, x, y, height)]
+    ends = _apart([float(at(one.rounds[-1], one.middle[-1]).split(",")[1]) for one in series], height)
     for i, (one, end) in enumerate(zip(series, ends, strict=True)):
         colour = f"var(--c{i % COLOURS})"
         dash = ' stroke-dasharray="6 3"' if i >= COLOURS else ""
@@ -42,13 +46,13 @@ def line_chart(series: Sequence[Series], *, x: str, y: str) -> str:
         last = at(one.rounds[-1], one.middle[-1]).split(",")
         parts.append(
             f'<g class="series"><title>{escape(one.name)}: {one.middle[-1]:.1%} after round {one.rounds[-1]}</title>'
-            f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.15"/>'
+            f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="{opacity}"/>'
             f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'
             f'<path d="M{last[0]} {last[1]}L{WIDTH - RIGHT + 10} {end:.1f}" stroke="{colour}" opacity="0.5"/>'
             f'<text x="{WIDTH - RIGHT + 13}" y="{end + 4:.1f}" style="fill:{colour}">'
             f"{escape(_short(one.name, 26))}</text></g>"
         )
-    return f'<svg class="lines" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+    return f'<svg class="lines" viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'
 
 
 def heat_map(matrix: Sequence[Sequence[float]], names: Sequence[str], *, rows: str, columns: str) -> str:
@@ -116,9 +120,9 @@ def dots(across: Sequence[float], up: Sequence[float], *, x: str, y: str) -> str
     return f'<svg class="dots" viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(parts)}</svg>'
 
 
-def _grid(low: float, high: float, rounds: int, x: str, y: str) -> str:
+def _grid(low: float, high: float, rounds: int, x: str, y: str, height: int) -> str:
     """Lines at tens of percent, numbers of rounds, and what both are."""
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    right, bottom = WIDTH - RIGHT, height - BOTTOM
     parts = []
     tens = round((high - low) * 10)
     for i in range(0, tens + 1, 1 + tens // 7):
@@ -129,7 +133,7 @@ def _grid(low: float, high: float, rounds: int, x: str, y: str) -> str:
         place = LEFT + (each - 1) / max(1, rounds - 1) * (right - LEFT)
         parts.append(f'<text x="{place:.1f}" y="{bottom + 15}" text-anchor="middle">{each}</text>')
     parts.append(
-        f'<text class="axis" x="{(LEFT + right) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x)}</text>'
+        f'<text class="axis" x="{(LEFT + right) / 2}" y="{height - 4}" text-anchor="middle">{escape(x)}</text>'
     )
     middle = (TOP + bottom) / 2
     parts.append(
@@ -138,15 +142,15 @@ def _grid(low: float, high: float, rounds: int, x: str, y: str) -> str:
     return "".join(parts)
 
 
-def _apart(places: Sequence[float], room: float = 14.0) -> list[float]:
+def _apart(places: Sequence[float], height: int) -> list[float]:
     """Heights of labels near their lines, in the same order, that do not cover each other."""
     moved = list(places)
     order = sorted(range(len(places)), key=lambda i: places[i])
     for before, i in pairwise(order):
-        moved[i] = max(moved[i], moved[before] + room)
-    moved[order[-1]] = min(moved[order[-1]], HEIGHT - 6)
+        moved[i] = max(moved[i], moved[before] + ROOM)
+    moved[order[-1]] = min(moved[order[-1]], height - 6)
     for after, i in pairwise(reversed(order)):
-        moved[i] = min(moved[i], moved[after] - room)
+        moved[i] = min(moved[i], moved[after] - ROOM)
     return moved
 
 

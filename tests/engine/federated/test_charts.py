@@ -26,6 +26,15 @@ def test_lines_stay_in_their_frame_and_names_apart(values):
     assert all(b - a > 13.8 for a, b in pairwise(labels))
 
 
+def test_a_chart_has_room_for_the_names_of_many_lines():
+    svg = ElementTree.fromstring(
+        line_chart([Series(str(i), [1, 2], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5]) for i in range(40)], x="", y="")
+    )
+    height = float(svg.get("viewBox").split()[3])
+    labels = [float(one.find("text").get("y")) for one in svg.iter("g")]
+    assert 10 < min(labels) < max(labels) < height
+
+
 def test_a_line_rises_where_its_values_do():
     svg = ElementTree.fromstring(
         line_chart([Series("a", [2, 4, 6], [0.1, 0.5, 0.9], [0.0, 0.4, 0.8], [0.2, 0.6, 1.0])], x="", y="")
