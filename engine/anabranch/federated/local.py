@@ -14,6 +14,7 @@ from anabranch.federated.packed import Batch, epoch
 # beyond, one after another is as fast (measured, benchmarks/results).
 CACHED_NUMBERS = 800_000
 FLOPS_ALONE = 2e8  # of a client's step, forward and backward
+MANY = 64  # clients who make two groups, for two threads, in no more time than one group takes on one
 
 
 def group_size(clients: int, size: int, flops: float) -> int:
@@ -22,7 +23,7 @@ def group_size(clients: int, size: int, flops: float) -> int:
     Groups are about as large, and an even number of them, so that two threads end together.
     """
     most = 1 if flops > FLOPS_ALONE else max(1, CACHED_NUMBERS // size)
-    groups = -(-clients // most)
+    groups = max(-(-clients // most), 2 if clients >= MANY else 1)
     return -(-clients // (groups + groups % 2)) if groups > 1 else clients
 
 
