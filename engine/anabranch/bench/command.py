@@ -497,10 +497,12 @@ def _federated(args: argparse.Namespace) -> "FederatedReport":
     import torch
 
     from anabranch.bench import federated, machine
+    from anabranch.common.memory import keep_freed_memory
 
     if min(args.clients) < 1:
         raise ValueError(f"--clients must be at least 1, got {args.clients}")
     threads, quick = args.threads or torch.get_num_threads(), args.quick
+    keep_freed_memory()  # for all contenders, as `anabranch federated` does
     rows: list[Row] = []
     if "digits" in args.parts:
         for clients in [3] if quick else args.clients:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.optim.sgd import sgd
 
+from anabranch.common.memory import keep_freed_memory
 from anabranch.federated.schedule import Schedule
 from anabranch.federated.streams import Streams
 
@@ -172,6 +173,7 @@ _held: list[Loop] = []  # in a process of `Processes`
 
 def _start(work: Work) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     _held.append(Loop(work))
 
 

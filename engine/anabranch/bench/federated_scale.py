@@ -10,6 +10,7 @@ import sys
 import time
 
 from anabranch.bench.federated import Row, digits_task
+from anabranch.common.memory import keep_freed_memory
 from anabranch.federated.rounds import run_round
 
 
@@ -27,6 +28,7 @@ def measure_scale(clients: int, *, samples: int, threads: int) -> Row:
 def main(arguments: list[str]) -> None:
     """Print seconds and bytes."""
     clients, samples, threads = map(int, arguments)
+    keep_freed_memory()
     federation = digits_task(clients, n=samples).federation
     started = time.perf_counter()
     run_round(federation, threads=threads)

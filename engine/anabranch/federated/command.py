@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("run takes one method and one noise; bench compares several")
 
     from anabranch.common.interrupt import interruptible
+    from anabranch.common.memory import keep_freed_memory
     from anabranch.data.sources import load, parse_source
     from anabranch.federated.choices import choose_method
     from anabranch.federated.experiment import compare
@@ -125,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         methods = [choose_method(text, chosen.pop(text.partition(":")[0], {})) for text in plan.method]
         if chosen:
             raise ValueError(f"options are set for methods that are not compared: {sorted(chosen)}")
+    keep_freed_memory()
     data = load(parse_source(plan.data, plan.data_root), picture_size=plan.picture_size)
     with interruptible() as interrupted:
         results = compare(plan, methods, data, interrupted=interrupted, progress=args.progress)

@@ -117,6 +117,10 @@ def each(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterat
 
     What the caller does with a result is done by one thread, too: more would spin for work where others compute.
     """
+    if threads == 1:
+        with torch_threads(1):
+            yield from ((item, function(item)) for item in items)
+        return
     with torch_threads(1), ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
         waiting = []
         for item in items:
