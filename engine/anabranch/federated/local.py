@@ -24,7 +24,7 @@ def group_size(clients: int, size: int, flops: float) -> int:
     """
     most = 1 if flops > FLOPS_ALONE else max(1, CACHED_NUMBERS // size)
     groups = max(-(-clients // most), 2 if clients >= MANY else 1)
-    return -(-clients // (groups + groups % 2)) if groups > 1 else clients
+    return -(-clients // (groups + groups % 2)) if groups > 1 else max(1, clients)
 
 
 def train(method: FedAvg, visit: Visit) -> Tensor:

@@ -100,7 +100,7 @@ def test_one_at_a_time_or_all_together(monkeypatch):
 
 @pytest.mark.parametrize(
     ("clients", "most", "size"),
-    [(7, 10, 7), (7, 7, 7), (8, 7, 4), (21, 10, 6), (100, 33, 25), (100, 200, 50), (5, 1, 1), (1, 1, 1)],
+    [(7, 10, 7), (7, 7, 7), (8, 7, 4), (21, 10, 6), (100, 33, 25), (100, 200, 50), (5, 1, 1), (1, 1, 1), (0, 1, 1)],
 )
 def test_groups_are_even_in_number_and_alike(clients, most, size):
     assert local.group_size(clients, local.CACHED_NUMBERS // most, 1.0) == size

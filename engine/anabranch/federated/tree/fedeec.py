@@ -234,7 +234,7 @@ def _learn(h: Hierarchy, stage: Sequence[Link], predictions: Sequence[Tensor], t
         mine = [link for link in stage if h.tree.heights[_ends(h.tree, link)[0]] == height]
         mine.sort(key=lambda link: (len(h.stores[link.child]), link.child))
         flops = BACKWARD * network.flops * h.schedule.batch * (1 + (height == 0))
-        size = group_size(len(mine), network.layout.size, flops) if mine else 1
+        size = group_size(len(mine), network.layout.size, flops)
         groups += [mine[i : i + size] for i in range(0, len(mine), size)]
     for group, rows in each(lambda group: _lesson(h, group, [told[link] for link in group]), groups, threads):
         for link, row in zip(group, rows, strict=True):
