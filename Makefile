@@ -89,6 +89,7 @@ bench: $(READY)
 	$(BIN)/anabranch bench triadapt --threads 1 --repeats 20 --rows 512 2048 --layers 2 --json $(RESULTS)/triadapt.json --markdown $(RESULTS)/triadapt.md
 	$(BIN)/anabranch bench adapters --repeats 7 --json $(RESULTS)/adapters.json --markdown $(RESULTS)/adapters.md
 	$(BIN)/anabranch bench secagg --json $(RESULTS)/secagg.json --markdown $(RESULTS)/secagg.md
+	$(BIN)/anabranch bench federated --threads 2 --json $(RESULTS)/federated.json --markdown $(RESULTS)/federated.md
 	$(BIN)/anabranch bench serve --repeats 3 --json $(RESULTS)/serve.json --markdown $(RESULTS)/serve.md
 
 clean:

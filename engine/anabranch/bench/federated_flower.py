@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anabranch.bench.federated import APART, Row, Task
+from anabranch.bench.federated import APART, Row, Task, our_round
 from anabranch.bench.federated_loop import Loop, Work, orders, parameters_of, row_of
+from anabranch.bench.timing import timed
 from anabranch.common.checkpoint import read_json, write_json
 from anabranch.federated.rounds import run_round
 from anabranch.federated.schedule import Schedule
 
-CORES = 2
+CORES, REPEATS = 2, 7
 # Not `-m`: what Ray's workers are sent must be of a module that they can import.
 COMMAND = f"import sys; from pathlib import Path; from {__name__} import simulate; simulate(Path(sys.argv[1]))"
 
 
 def measure_flower(task: Task, folder: Path, *, rounds: int, runs: int) -> list[Row]:
-    """Steady rounds of `runs` simulations, their first rounds by themselves, and their models' digests.
+    """Rounds of ours, then steady rounds of `runs` simulations, their first by themselves, and their models' digests.
 
     Raises ImportError without Flower, ValueError if a model is not ours.
     """
@@ -34,9 +35,13 @@ def measure_flower(task: Task, folder: Path, *, rounds: int, runs: int) -> list[
     except ImportError as error:
         raise ImportError("the peer is Flower's simulation: pip install 'anabranch[flower]'") from error
     write(task, folder, rounds)
+    K, case = len(task.work.index), f"{task.name} beside Flower"
+    ours = timed(partial(our_round, task.federation, CORES))
+    ours()
+    seconds = tuple(ours() for _ in range(REPEATS))
+    rows = [Row(case=case, contender=f"anabranch, {CORES} threads", seconds=seconds, clients=K)]
     for _ in range(rounds):
         run_round(task.federation)
-    K, rows = len(task.work.index), []
     for run in range(runs):
         done = subprocess.run([sys.executable, "-c", COMMAND, str(folder)], capture_output=True, text=True, check=False)
         if done.returncode:
@@ -47,8 +52,8 @@ def measure_flower(task: Task, folder: Path, *, rounds: int, runs: int) -> list[
         if not distance <= rounds * APART:
             raise ValueError(f"{task.name}: after {rounds} rounds Flower's weights are {distance:.1e} from ours")
         rows += [
-            Row(case=task.name, contender=f"Flower, first round of run {run + 1}", seconds=(first,), clients=K),
-            Row(case=task.name, contender=f"Flower, run {run + 1}", seconds=tuple(steady), clients=K),
+            Row(case=case, contender=f"Flower, first round of run {run + 1}", seconds=(first,), clients=K),
+            Row(case=case, contender=f"Flower, run {run + 1}", seconds=tuple(steady), clients=K),
             Row(
                 case=f"{task.name}, model after {rounds} rounds", contender=f"Flower, run {run + 1}",
                 digest=hashlib.sha256(model.numpy().data).hexdigest(),
