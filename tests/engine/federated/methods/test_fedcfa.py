@@ -1,4 +1,4 @@
-"""FedCFA: the counterfactuals' exact properties, and a shortcut that FedAvg learns and it does not."""
+"""FedCFA: the exact properties of its counterfactuals, and that it is FedAvg without them."""
 
 from dataclasses import replace
 
