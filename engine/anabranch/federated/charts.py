@@ -7,7 +7,7 @@ from math import ceil, floor
 from typing import NamedTuple
 
 COLOURS = 10  # --c0 .. --c9; further series are dashed
-LEAST_SEEN = 0.0005  # share below which a cell is left empty
+LEAST_SEEN = 0.005  # share below which a cell is left empty
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 360, 46, 190, 12, 36
 ROOM = 14.0  # a name's, one above the other; a chart of many lines is the taller
 FEW = 12  # lines whose bands can be told apart
@@ -74,17 +74,17 @@ def heat_map(matrix: Sequence[Sequence[float]], names: Sequence[str], *, rows: s
         for j, value in enumerate(row):
             if value < LEAST_SEEN:
                 continue
-            colour = "var(--good)" if i == j else "var(--bad)"
+            kind = "hit" if i == j else "miss"
             parts.append(
                 f'<rect x="{left + j * cell:.1f}" y="{top + i * cell:.1f}" width="{cell - 1:.1f}" '
-                f'height="{cell - 1:.1f}" fill="{colour}" fill-opacity="{min(1.0, 0.06 + 0.94 * value):.2f}">'
+                f'height="{cell - 1:.1f}" class="{kind}" fill-opacity="{min(1.0, 0.06 + 0.94 * value):.2f}">'
                 f"<title>{escape(names[i])} → {escape(names[j])}: {value:.1%}</title></rect>"
             )
-            if shown and value >= 0.005:
-                style = ' class="on"' if value > 0.55 else ""
+            if shown:
+                style = "share on" if value > 0.55 else "share"
                 parts.append(
-                    f'<text{style} x="{left + (j + 0.48) * cell:.1f}" y="{top + (i + 0.65) * cell:.1f}" '
-                    f'text-anchor="middle">{value * 100:.0f}</text>'
+                    f'<text class="{style}" x="{left + (j + 0.48) * cell:.1f}" y="{top + (i + 0.65) * cell:.1f}">'
+                    f"{value * 100:.0f}</text>"
                 )
     width, height = left + size + 4, top + size + 4
     return (
@@ -114,8 +114,7 @@ def dots(across: Sequence[float], up: Sequence[float], *, x: str, y: str) -> str
         cx = left + a / most * (width - left - right)
         cy = top + (high - b) / (high - low) * (height - top - bottom)
         parts.append(
-            f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" fill="var(--c0)" fill-opacity="0.55">'
-            f"<title>client {client}: {a:.1%} wrong, {b:.4g}</title></circle>"
+            f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4"><title>client {client}: {a:.1%} wrong, {b:.4g}</title></circle>'
         )
     return f'<svg class="dots" viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(parts)}</svg>'
 

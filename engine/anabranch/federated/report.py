@@ -32,7 +32,9 @@ td small.down { color: var(--bad); } td.best b { border-bottom: 2px solid var(--
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px; min-width: 0; }
 svg { display: block; max-width: 100%; height: auto; } svg.lines { width: 100%; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--dim); } svg text.axis { font-size: 11.5px; }
-svg text.on { fill: var(--bg); } svg .series text { font-size: 12px; font-weight: 600; }
+svg .on { fill: var(--bg); } svg .series text { font-size: 12px; font-weight: 600; }
+svg .hit { fill: var(--good); } svg .miss { fill: var(--bad); }
+svg .share { text-anchor: middle; } svg circle { fill: var(--c0); fill-opacity: .55; }
 svg .empty { fill: var(--line); opacity: .3; } svg .grid { stroke: var(--line); fill: none; }
 svg.lines:hover .series { opacity: .18; } svg.lines .series:hover { opacity: 1; }
 """
