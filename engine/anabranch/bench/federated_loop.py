@@ -6,7 +6,6 @@ They get each client's order of samples ready-made, so that their batches are ou
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -16,6 +15,7 @@ from torch.func import functional_call, grad, vmap
 from torch.optim.sgd import sgd
 
 from anabranch.common.memory import keep_freed_memory
+from anabranch.common.threads import torch_threads
 from anabranch.federated.schedule import Schedule
 from anabranch.federated.streams import Streams
 
@@ -183,13 +183,4 @@ def _total(row: Tensor, clients: range) -> Tensor:
 
 def with_threads(step: Callable[[], Tensor], count: int) -> Callable[[], Tensor]:
     """The same step, computed by `count` of torch's threads."""
-    return partial(_with_threads, step, count)
-
-
-def _with_threads(step: Callable[[], Tensor], count: int) -> Tensor:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        return step()
-    finally:
-        torch.set_num_threads(before)
+    return torch_threads(count)(step)

@@ -25,20 +25,16 @@ class Tree:
             if not 0 <= parent < V:
                 raise ValueError(f"node {v} has parent {parent}, but the nodes are 0 .. {V - 1}")
         for v in range(1, V):
-            if ROOT not in self._above(v):
+            if ROOT not in self.above(v):
                 raise ValueError(f"the parents of node {v} go round in a circle, got parents {self.parents}")
 
-    def _above(self, node: int) -> list[int]:
-        """Parent, its parent and so on, as long as they are new."""
+    def above(self, node: int) -> list[int]:
+        """The nodes between this one and the root, nearest first, and the root; in a circle, each once."""
         chain: list[int] = []
         while node != ROOT and self.parents[node] not in chain:
             node = self.parents[node]
             chain.append(node)
         return chain
-
-    def above(self, node: int) -> list[int]:
-        """The nodes between this one and the root, nearest first, and the root."""
-        return self._above(node)
 
     @cached_property
     def children(self) -> list[list[int]]:
