@@ -1,10 +1,8 @@
 """`anabranch federated`: methods of federated learning on data whose labels are partly wrong."""
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +100,9 @@ def run(args: argparse.Namespace) -> int:
     if args.federated == "methods":
         print(list_methods())
         return 0
+    from anabranch.common.memory import keep_freed_memory
+
+    keep_freed_memory()
     if args.federated == "tree":
         return tree.run(args)
     names = [*HELP, "method", "noise", "resume"]
@@ -113,7 +114,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("run takes one method and one noise; bench compares several")
 
     from anabranch.common.interrupt import interruptible
-    from anabranch.common.memory import keep_freed_memory
     from anabranch.data.sources import load, parse_source
     from anabranch.federated.choices import choose_method
     from anabranch.federated.experiment import compare
@@ -126,7 +126,6 @@ def run(args: argparse.Namespace) -> int:
         methods = [choose_method(text, chosen.pop(text.partition(":")[0], {})) for text in plan.method]
         if chosen:
             raise ValueError(f"options are set for methods that are not compared: {sorted(chosen)}")
-    keep_freed_memory()
     data = load(parse_source(plan.data, plan.data_root), picture_size=plan.picture_size)
     with interruptible() as interrupted:
         results = compare(plan, methods, data, interrupted=interrupted, progress=args.progress)
@@ -135,23 +134,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tell(results: "Results", *, as_json: bool) -> None:
-    from anabranch.common.checkpoint import write_json
-    from anabranch.common.files import replace_file
     from anabranch.federated import report, tables
+    from anabranch.federated.telling import tell
 
-    found = tables.numbers(results)
-    if results.plan.out and results.courses:
-        write_json(results.plan.out / "results.json", found)
-        for name, text in (("results.md", tables.to_markdown(results)), ("report.html", report.page(results))):
-            replace_file(results.plan.out / name, partial(Path.write_text, data=text, encoding="utf-8"))
-    if as_json:
-        print(json.dumps(found))
-    elif results.courses:
-        print(tables.to_text(results))
-        if results.plan.out:
-            print(f"\n{results.plan.out / 'report.html'} shows the courses of the runs")
-    else:
-        print("stopped before a run was done" + ("; go on with --resume" if results.plan.out else ""))
+    tell(
+        tables.numbers(results), results.plan.out, as_json=as_json, text=lambda: tables.to_text(results),
+        markdown=lambda: tables.to_markdown(results), page=lambda: report.page(results),
+    )  # fmt: skip
 
 
 def list_methods() -> str:

@@ -212,10 +212,7 @@ class _Run:
         """Go on with what the folder holds if that is wanted; the course if nothing is left to do."""
         if self.folder is None:
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        held = run_files.is_used(self.folder)
-        if held and not self.plan.resume:
-            raise ValueError(f"{self.folder} already holds a run; go on with --resume or choose another folder")
+        held = run_files.enter(self.folder, resume=self.plan.resume)
         if run_files.POINTER in held:
             run_files.restore(self.folder, self.federation, self.identity)
         if run_files.RESULT in held:
@@ -271,11 +268,11 @@ class _Run:
             write_json(self.folder / run_files.RESULT, asdict(course))
         return course
 
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        """On the test: logits [V, T, C], of each network or of what networks say together, and features [W, T, d]."""
+    def outputs(self) -> tuple[Tensor, list[Tensor]]:
+        """On the test: logits [V, T, C], of each network or of what they say together, and W times features [T, d]."""
         f = self.federation
         each = [evaluate.look(f.network, row, self.data.test_x) for row in f.server["model"]]
-        return f.method.vote(torch.stack([logits for logits, _ in each])), torch.stack([of for _, of in each])
+        return f.method.vote(torch.stack([logits for logits, _ in each])), [of for _, of in each]
 
 
 def shaped(server: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Any]:

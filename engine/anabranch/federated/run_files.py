@@ -110,6 +110,10 @@ def save_model(path: Path, federation: Federation) -> None:
     write_safetensors(path, {name: value.clone() for name, value in named.items()})
 
 
-def is_used(folder: Path) -> Sequence[str]:
-    """What a folder already holds of a run."""
-    return [name for name in (POINTER, LOG, RESULT) if (folder / name).exists()]
+def enter(folder: Path, *, resume: bool) -> Sequence[str]:
+    """Make a run's folder; what it already holds of a run. ValueError if it holds one that is not to go on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = [name for name in (POINTER, LOG, RESULT) if (folder / name).exists()]
+    if held and not resume:
+        raise ValueError(f"{folder} already holds a run; go on with --resume or choose another folder")
+    return held

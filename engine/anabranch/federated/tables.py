@@ -168,28 +168,35 @@ def details(row: Row) -> tuple[str, ...]:
 
 def to_text(results: Results) -> str:
     """Columns for a terminal."""
-    lines = grid(rows_of(results.courses))
+    return "\n".join([*about(results), "", *as_columns(grid(rows_of(results.courses)))])
+
+
+def as_columns(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A header, a rule and lines whose cells stand below each other."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*about(results), "", shown[0], "-" * max(map(len, shown)), *shown[1:]])
+    header, *others = (
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+    return [header, "-" * max(map(len, (header, *others))), *others]
 
 
 def to_markdown(results: Results) -> str:
     """Tables as GitHub shows them: one of all accuracies, and one with everything for each noise."""
     rows = rows_of(results.courses)
     parts = ["# Federated learning with noisy labels", "", *(f"- {sentence}" for sentence in about(results)), ""]
-    parts += _as_markdown(grid(rows))
+    parts += as_markdown(grid(rows))
     for noise in dict.fromkeys(row.noise for row in rows):
         parts += [
             "",
             f"## {noise}",
             "",
-            *_as_markdown([DETAILS, *(details(row) for row in rows if row.noise == noise)]),
+            *as_markdown([DETAILS, *(details(row) for row in rows if row.noise == noise)]),
         ]
     return "\n".join(parts) + "\n"
 
 
-def _as_markdown(lines: Sequence[Sequence[str]]) -> list[str]:
+def as_markdown(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A header and lines as GitHub shows them: the first column to the left, the others to the right."""
     header, *others = (f"| {' | '.join(line)} |" for line in lines)
     return [header, "|---|" + "---:|" * (len(lines[0]) - 1), *others]
 

@@ -1,10 +1,7 @@
 """`anabranch federated tree`: end devices, edges and a cloud learn from each other's predictions."""
 
 import argparse
-import json
 from dataclasses import fields, replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anabranch.federated import options
@@ -127,20 +124,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tell(results: "TreeResults", *, as_json: bool) -> None:
-    from anabranch.common.checkpoint import write_json
-    from anabranch.common.files import replace_file
+    from anabranch.federated.telling import tell
     from anabranch.federated.tree import report, tables
 
-    found, out = tables.numbers(results), results.plan.plan.out
-    if out and results.courses:
-        write_json(out / "results.json", found)
-        for name, text in (("results.md", tables.to_markdown(results)), ("report.html", report.page(results))):
-            replace_file(out / name, partial(Path.write_text, data=text, encoding="utf-8"))
-    if as_json:
-        print(json.dumps(found))
-    elif results.courses:
-        print(tables.to_text(results))
-        if out:
-            print(f"\n{out / 'report.html'} shows the courses of the runs")
-    else:
-        print("stopped before a run was done" + ("; go on with --resume" if out else ""))
+    tell(
+        tables.numbers(results), results.plan.plan.out, as_json=as_json, text=lambda: tables.to_text(results),
+        markdown=lambda: tables.to_markdown(results), page=lambda: report.page(results),
+    )  # fmt: skip

@@ -193,10 +193,7 @@ class _Run:
         """Go on with what the folder holds if that is wanted; the course if nothing is left to do."""
         if self.folder is None:
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        held = run_files.is_used(self.folder)
-        if held and not self.plan.plan.resume:
-            raise ValueError(f"{self.folder} already holds a run; go on with --resume or choose another folder")
+        held = run_files.enter(self.folder, resume=self.plan.plan.resume)
         if run_files.POINTER in held:
             tensors, self.h.round = run_files.get(self.folder, self.identity)
             from_tensors(tensors, self.h)

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from anabranch.federated.experiment import LAST
-from anabranch.federated.tables import Interval, interval, percent
+from anabranch.federated.tables import Interval, as_columns, as_markdown, interval, percent
 from anabranch.federated.tree.experiment import AVERAGING, FIRST, TreeCourse, TreeResults
 from anabranch.federated.tree.plan import BASE
 
@@ -173,9 +173,7 @@ def to_text(results: TreeResults) -> str:
     rows = rows_of(results)
     parts = list(about(results))
     for lines in (grid(rows), traffic(rows)):
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        shown = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        parts += ["", shown[0], "-" * max(map(len, shown)), *shown[1:]]
+        parts += ["", *as_columns(lines)]
     return "\n".join(parts)
 
 
@@ -183,9 +181,8 @@ def to_markdown(results: TreeResults) -> str:
     """Tables as GitHub shows them."""
     rows = rows_of(results)
     parts = [*(f"- {sentence}" for sentence in about(results))]
-    for header, *lines in (grid(rows), traffic(rows)):
-        parts += ["", f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
-        parts += [f"| {' | '.join(line)} |" for line in lines]
+    for lines in (grid(rows), traffic(rows)):
+        parts += ["", *as_markdown(lines)]
     return "\n".join(parts) + "\n"
 
 
