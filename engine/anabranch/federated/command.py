@@ -23,11 +23,12 @@ EXAMPLES = """examples:
   anabranch federated bench --method fedavg fedcfa --noise clean pairflip:0.4 symmetric:0.6@half --seeds 5 --out runs/b
   anabranch federated bench --config bench.toml --out runs/b --resume
   anabranch federated run --method co-teaching --noise pairflip:0.4 --secure privacy=2,dropouts=1
+  anabranch federated tree --bridge pca:32 --seeds 5
   anabranch federated methods
 """
 HELP = {
-    "data": "digits, NAME=PATH or PATH: fashion-mnist, cifar10n, banking77, ag-news; an .npz with x and y; a folder of "
-    "folders of pictures; a folder saved by `datasets`",
+    "data": "digits, digits-shortcut, NAME=PATH or PATH: fashion-mnist, cifar10n, banking77, ag-news; an .npz with x "
+    "and y; a folder of folders of pictures; a folder saved by `datasets`",
     "data_root": "folder that holds the published data under their names",
     "picture_size": "pixels a side that pictures of folders are resized to",
     "clients": "clients in all",

@@ -18,7 +18,7 @@ class Plan:
 
     method         NAME or NAME:option=value,... each
     noise          of the labels, each as `noise_groups` writes it
-    data           digits, NAME=PATH or PATH; see `anabranch.data.sources`
+    data           digits, digits-shortcut, NAME=PATH or PATH; see `anabranch.data.sources`
     data_root      folder above the published data
     picture_size   pixels a side that pictures of folders are resized to
     clients        K
