@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -88,14 +89,15 @@ def unpack_batch(arrays: Sequence[NDArray[np.int64]]) -> Batch:
     return Batch(tokens, positions, slots, *(array.astype(np.int32) for array in small))
 
 
-def serve(settings: Settings, messages: BufferedReader, say: Callable[[dict[str, object]], None]) -> None:
+def serve(
+    settings: Settings, group: ProcessGroup, messages: BufferedReader, say: Callable[[dict[str, object]], None]
+) -> None:
     """Load, report and compute until the messages end. `say` sends an object to rank 0."""
     device = place(torch.device(settings.device), settings.rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(settings.threads)
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    group = ProcessGroup(settings.rank, settings.size)
     model = load_model(settings.folder, dtype=dtype, device=device, group=group)
     say({"budget": cache_budget(device, settings.size)})
     message = read_message(messages)
@@ -130,7 +132,12 @@ def _leave(rendezvous: Path) -> None:
     shutil.rmtree(rendezvous.parent, ignore_errors=True)
 
 
-def main(settings: Settings) -> int:
+def main(settings: Settings) -> NoReturn:
+    """Serve and end the process, with status 0 once the messages have ended.
+
+    It ends without destructors: a FileStore's looks whether its file is there, then opens it and waits minutes for one
+    that another rank has removed meanwhile.
+    """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no reply
     rendezvous = Path(settings.rendezvous)
@@ -139,18 +146,20 @@ def main(settings: Settings) -> int:
     def say(reply: dict[str, object]) -> None:
         print(json.dumps(reply), file=replies, flush=True)
 
+    group = ProcessGroup(settings.rank, settings.size)
+    status = 1
     try:
         with open(0, "rb") as messages:
-            serve(settings, messages, say)
+            serve(settings, group, messages, say)
+        status = 0
     except Exception as error:
         traceback.print_exc()
         with suppress(BrokenPipeError):
             say({"error": f"{type(error).__name__}: {error}"})
-        return 1
     finally:
         _leave(rendezvous)
-    return 0
+        os._exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Settings(**json.loads(sys.argv[1]))))
+    main(Settings(**json.loads(sys.argv[1])))

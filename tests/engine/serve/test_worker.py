@@ -1,5 +1,10 @@
 """What a worker is told: messages survive the pipe. What it does is tested through `LLM` (test_tensor_parallel.py)."""
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
 from io import BufferedReader, BytesIO
 
 import numpy as np
@@ -10,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from anabranch.serve.runner import Batch
-from anabranch.serve.worker import encode, read_message, unpack_batch
+from anabranch.serve.worker import CACHES, Settings, encode, read_message, unpack_batch
 
 integers = arrays(np.int64, st.integers(0, 9)) | arrays(np.int32, st.integers(0, 9))
 
@@ -43,3 +48,26 @@ def test_a_batch_keeps_its_shapes_and_dtypes(B):
         assert np.array_equal(sent, got), name
         assert sent.dtype == got.dtype, name
         torch.from_numpy(got)  # writable: torch warns of what is not
+
+
+def test_the_group_is_never_torn_down_so_that_no_rank_waits_for_a_file_another_has_removed(data, tmp_path):
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    settings = Settings(
+        folder=str(data("stories260k")), rank=0, size=1, dtype=None, device="cpu", threads=1,
+        rendezvous=str(meeting / "ranks"), leader=os.getpid(),
+    )  # fmt: skip
+    program = (
+        "import json, sys\n"
+        "from anabranch.serve import group, worker\n"
+        "group.ProcessGroup.__del__ = lambda self: print('torn down', file=sys.stderr, flush=True)\n"
+        "worker.main(worker.Settings(**json.loads(sys.argv[1])))"
+    )
+    command = [sys.executable, "-P", "-c", program, json.dumps(asdict(settings))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    message = encode(CACHES, [np.array([4, 8, 0])])
+    ended = subprocess.run(command, input=message, capture_output=True, env=environment, check=False)
+    assert ended.returncode == 0
+    assert [list(json.loads(line)) for line in ended.stdout.splitlines()] == [["budget"], ["caches"]]
+    assert b"torn down" not in ended.stderr
+    assert not meeting.exists()
