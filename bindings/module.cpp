@@ -12,6 +12,7 @@
 #include "isa.h"
 #include "paged_attention.h"
 #include "parallel.h"
+#include "perceptron_sgd.h"
 #include "rank_lora.h"
 #include "skinny_linear.h"
 #include "views.h"
@@ -117,6 +118,23 @@ bool coordinates(const Rows3& points, uintptr_t out, int rule, int f, int B, int
   return coordinate_rule(c, chosen, threads);
 }
 
+void train_perceptrons(const std::vector<int>& widths, uintptr_t rows, uintptr_t velocity, uintptr_t x, uintptr_t index,
+                       uintptr_t y, uintptr_t counts, const std::array<int64_t, 3>& sizes, int batch,
+                       const std::array<float, 3>& sgd, const std::string& isa, int threads) {
+  PerceptronCall c{};
+  c.net.layers = static_cast<int>(widths.size()) - 1;
+  std::copy(widths.begin(), widths.end(), c.net.widths);
+  c.rows = pointer<float>(rows), c.velocity = pointer<float>(velocity), c.x = pointer<float>(x);
+  c.index = pointer<int64_t>(index), c.y = pointer<int64_t>(y), c.counts = pointer<int64_t>(counts);
+  c.N = sizes[0], c.M = sizes[1], c.n = sizes[2], c.batch = batch;
+  c.lr = sgd[0], c.momentum = sgd[1], c.weight_decay = sgd[2];
+  const Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  const std::string wrong = perceptron_sgd(c, chosen, threads);
+  py::gil_scoped_acquire acquire;
+  raise_if(wrong);
+}
+
 using Rows = std::array<int64_t, 4>;  // {address, type, stride of rows, width}
 
 RowTable table_of(const Rows& rows) {
@@ -186,6 +204,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("centred_gram", &gram);
   m.def("combine", &sum_of_rows);
   m.def("coordinate_rule", &coordinates);
+  m.def("perceptron_sgd", &train_perceptrons);
   m.def("rank_lora", &adapters);
   m.def("listed_dots", &dots);
   m.def("listed_sums", &sums);

@@ -27,6 +27,7 @@ struct CoordinatePlan;
 struct Exchange;
 struct RowTable;
 struct AdapterPlace;
+struct PerceptronCall;
 
 // One row of function pointers for each instruction set. Scratch memory comes from the caller, 64-byte aligned.
 struct Kernels {
@@ -40,9 +41,11 @@ struct Kernels {
   void (*gram)(const GramCall&, int b, int64_t begin, int64_t end, float* scratch, double* sums);
   int64_t (*combine_scratch_floats)();
   void (*combine)(const CombineCall&, int b, const Addend*, int addends, int64_t begin, int64_t end, float* scratch);
-  CoordinatePlan (*coordinate_plan)(const CoordinateCall&);  // this and the next up to AVX-512; null above
+  CoordinatePlan (*coordinate_plan)(const CoordinateCall&);  // this and the next three up to AVX-512; null above
   bool (*coordinates)(const CoordinateCall&, int b, int64_t begin, int64_t end, const Exchange*, int64_t exchanges,
                       float* scratch);
+  int64_t (*perceptron_scratch_floats)(const PerceptronCall&);
+  void (*perceptron_epoch)(const PerceptronCall&, int64_t client, float* scratch);
   void (*row_dots)(const RowTable&, const int32_t* index, int64_t index_row, int first, int count, const RowTable& x,
                    const int* token, int tokens, float* to, int64_t to_row);
   void (*row_sums)(const RowTable&, const int32_t* index, int first, const float* factors, int count, int begin, int end,

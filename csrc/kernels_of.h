@@ -7,6 +7,7 @@
 #include "gram_tiles.h"
 #include "linear_kernel.h"
 #include "linear_tiles.h"
+#include "perceptron_kernel.h"
 #include "rank_lora_kernel.h"
 
 namespace anabranch {
@@ -59,6 +60,20 @@ constexpr decltype(Kernels::coordinates) coordinates_of() {
   };
 }
 
+template <class S>
+constexpr decltype(Kernels::perceptron_scratch_floats) perceptron_scratch_floats_of() {
+  if constexpr (S::pairs) return nullptr;
+  else return [](const PerceptronCall& call) { return PerceptronKernel<S>(call).scratch_floats(); };
+}
+
+template <class S>
+constexpr decltype(Kernels::perceptron_epoch) perceptron_epoch_of() {
+  if constexpr (S::pairs) return nullptr;
+  else return [](const PerceptronCall& call, int64_t client, float* scratch) {
+    PerceptronKernel<S>(call).epoch(client, scratch);
+  };
+}
+
 // Calls body with the kernel for so many rows.
 template <class S, class Body>
 auto with_gram(const GramCall& call, Body&& body) {
@@ -100,6 +115,8 @@ constexpr Kernels kernels_of() {
       },
       coordinate_plan_of<S>(),
       coordinates_of<S>(),
+      perceptron_scratch_floats_of<S>(),
+      perceptron_epoch_of<S>(),
       RankLoraKernel<S>::dots,
       [](const RowTable& table, const int32_t* index, int first, const float* factors, int count, int begin, int end,
          void* y, Type y_type, bool add) {

@@ -81,6 +81,20 @@ def coordinate_rule(
     isa: str,
     threads: int,
 ) -> bool: ...
+def perceptron_sgd(
+    widths: tuple[int, ...],
+    rows: int,
+    velocity: int,
+    x: int,
+    index: int,
+    y: int,
+    counts: int,
+    sizes: tuple[int, int, int],
+    batch: int,
+    sgd: tuple[float, float, float],
+    isa: str,
+    threads: int,
+) -> None: ...
 def rank_lora(
     x: tuple[int, ...],
     a: tuple[int, ...],
