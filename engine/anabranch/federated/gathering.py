@@ -89,9 +89,9 @@ class Gathering:
         sent = rows.view(W, -1, rows.shape[1])
         place = torch.searchsorted(self._clients, clients)
         for w in range(W):  # one network at a time: float64 copies stay small
-            apart = sent[w].double() - self._model[w].double()
+            apart = sent[w].double().sub_(self._model[w])
             self._total[w] += self._counts[place].double() @ apart
-            self._lengths[place, w] = apart[:, : self._trained].square().sum(1)
+            self._lengths[place, w] = torch.linalg.vector_norm(apart[:, : self._trained], dim=1).square()
         if self._models is not None:
             self._models[place] = sent.transpose(0, 1)
         self._extras.append((clients, extra))

@@ -79,10 +79,10 @@ class Batch(NamedTuple):
 
 def pack(x: Tensor, y: Tensor, owned: list[Tensor]) -> Packed:
     """The samples x [M, ...], y [M] of clients that own some of them each, owned [N] of indices [n_i], n_i >= 1."""
-    counts = torch.tensor([len(one) for one in owned])
-    index = owned[0].new_zeros(len(owned), int(counts.max()))
-    for row, one in zip(index, owned, strict=True):
-        row[: len(one)], row[len(one) :] = one, one[0]
+    counts = torch.tensor([one.numel() for one in owned])
+    place = torch.arange(int(counts.max()))
+    place = torch.where(place < counts[:, None], place, 0) + (counts.cumsum(0) - counts)[:, None]
+    index = torch.cat(owned)[place]
     return Packed(x, index, y[index], counts)
 
 

@@ -101,7 +101,7 @@ def survey(federation: Federation, *, threads: int) -> Tensors:
 def visit_all(federation: Federation, clients: Tensor, *, threads: int) -> Replies:
     """Train some clients [m] and gather what they send."""
     f = federation
-    counts = torch.tensor([len(f.holdings.owned[k]) for k in clients.tolist()])
+    counts = torch.tensor([f.holdings.owned[k].numel() for k in clients.tolist()])
     whole = f.sums is not None
     gathering = Gathering(f.method, f.network, f.server["model"], clients, counts, whole=whole)
     for visit, (rows, extra) in each(partial(pay, f.method), _visits(f, clients), threads):
@@ -145,7 +145,7 @@ def groups(method: FedAvg, network: Network, schedule: Schedule, counts: Mapping
 def _visits(federation: Federation, clients: Tensor) -> Iterator[Visit]:
     """Groups of clients, ready to be trained."""
     f, owned = federation, federation.holdings.owned
-    for group in groups(f.method, f.network, f.schedule, {k: len(owned[k]) for k in clients.tolist()}):
+    for group in groups(f.method, f.network, f.schedule, {k: owned[k].numel() for k in clients.tolist()}):
         numbers = torch.tensor(group)
         yield open_visit(
             f.method, f.network, f.schedule, round=f.round, clients=numbers,
