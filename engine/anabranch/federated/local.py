@@ -6,8 +6,10 @@ from torch.optim.sgd import sgd
 
 from anabranch.federated.augment import augment
 from anabranch.federated.decorrelation import correlation
-from anabranch.federated.method import FedAvg, Visit
-from anabranch.federated.packed import Batch, epoch
+from anabranch.federated.method import FedAvg, Visit, changes
+from anabranch.federated.networks.mlp import MLP
+from anabranch.federated.packed import Batch, Packed, epoch, shuffled
+from anabranch_kernels.perceptron_sgd.op import MOST_LAYERS, perceptron_sgd
 
 # Clients share a computation, so that its many small operations are called once for all of them, while their rows,
 # gradients and momentum stay in a cache, and only where a client's own products do not take far longer than the calls:
@@ -36,6 +38,10 @@ def train(method: FedAvg, visit: Visit) -> Tensor:
     for number in range(schedule.epochs):
         method.begin_epoch(visit, rows, number)
         data = method.samples(visit)
+        if compiled(method, visit):
+            compiled_epoch(visit, rows, velocity, data, number)
+            method.end_epoch(visit, rows, number)
+            continue
         for batch in epoch(data, visit.streams, number, size=schedule.batch, drop_last=schedule.drop_last):
             if schedule.augment:
                 batch = batch._replace(x=augment(batch.x, visit.streams, batch.number))
@@ -43,6 +49,26 @@ def train(method: FedAvg, visit: Visit) -> Tensor:
             step(rows, velocity, slopes, visit, batch)
         method.end_epoch(visit, rows, number)
     return method.end(visit, rows)
+
+
+def compiled(method: FedAvg, visit: Visit) -> bool:
+    """Whether a kernel takes whole epochs: of a perceptron that goes down plain cross-entropy, and nothing else."""
+    schedule, network = visit.schedule, visit.network
+    plain = not changes(method, "loss", "slope") and not schedule.decorrelation and not schedule.augment
+    return plain and type(network) is MLP and len(network.widths) <= MOST_LAYERS + 1
+
+
+def compiled_epoch(visit: Visit, rows: Tensor, velocity: Tensor, data: Packed, number: int) -> None:
+    """The same steps in a kernel that keeps each client's row in its cache for the whole epoch."""
+    schedule, network = visit.schedule, visit.network
+    assert isinstance(network, MLP)
+    order, counts = shuffled(data, visit.streams, number, size=schedule.batch, drop_last=schedule.drop_last)
+    index, y = data.owned.gather(1, order), data.y.gather(1, order)
+    for own, moving in zip(rows.split(len(y)), velocity.split(len(y)), strict=True):  # network after network
+        perceptron_sgd(
+            own, moving, data.source.flatten(1), index, y, counts, widths=network.widths, batch=schedule.batch,
+            lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay,
+        )  # fmt: skip
 
 
 def slope_of(method: FedAvg, visit: Visit, rows: Tensor, batch: Batch) -> list[Tensor]:

@@ -194,6 +194,11 @@ class FedAvg:
         return dict(server)
 
 
+def changes(method: FedAvg, *steps: str) -> list[str]:
+    """Which of these steps a method takes in another way than FedAvg."""
+    return [step for step in steps if getattr(type(method), step) is not getattr(FedAvg, step)]
+
+
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Of each sample: logits [W * N, B, C], y [N, B] int64 or probabilities [N, B, C] -> [W * N, B]."""
     copies = len(logits) // len(y)

@@ -99,16 +99,21 @@ def with_samples(data: Packed, x: Tensor) -> Packed:
     return data._replace(source=x.flatten(0, 1), owned=torch.arange(data.y.numel()).view_as(data.y))
 
 
+def shuffled(data: Packed, streams: Streams, number: int, *, size: int, drop_last: bool) -> tuple[Tensor, Tensor]:
+    """The order [N, longest] in which clients take their samples in an epoch, and how many [N] they take; see epoch."""
+    order = streams.order(data.counts, data.y.shape[1], number)
+    counts = data.counts - data.counts % size * (data.counts >= size) if drop_last else data.counts
+    return order[:, : int(counts.max())], counts
+
+
 def epoch(data: Packed, streams: Streams, number: int, *, size: int, drop_last: bool) -> Iterator[Batch]:
     """The batches of one epoch, each sample once, in an order of the client's own.
 
     number     of the epoch
     drop_last  leave out what does not fill a batch, but for clients whose samples fill none
     """
-    order = streams.order(data.counts, data.y.shape[1], number)
-    counts = data.counts - data.counts % size * (data.counts >= size) if drop_last else data.counts
-    longest = int(counts.max())
-    order = order[:, :longest]
+    order, counts = shuffled(data, streams, number, size=size, drop_last=drop_last)
+    longest = order.shape[1]
     sizes = (counts[:, None] - torch.arange(0, longest, size)).clamp(0, size)  # [N, steps]
     real = torch.arange(longest) < counts[:, None]
     weight = real / sizes.clamp_min(1).repeat_interleave(size, 1)[:, :longest]

@@ -24,7 +24,7 @@ from anabranch.aggregate.secure.outcome import elements_of
 from anabranch.aggregate.secure.server import Server
 from anabranch.aggregate.secure.sums import SumSettings
 from anabranch.federated import options
-from anabranch.federated.method import FedAvg, Replies
+from anabranch.federated.method import FedAvg, Replies, changes
 
 LARGEST_WEIGHT = 64
 # Of a round's updates: the weights are samples, so sums are of many bits.
@@ -115,8 +115,7 @@ def beyond_sums(method: FedAvg) -> list[str]:
         "reply": "gets more than a model from each client (reply)",
         "aggregate": "makes more of the replies than their mean (aggregate)",
     }
-    kind = type(method)
-    return [told for step, told in steps.items() if getattr(kind, step) is not getattr(FedAvg, step)]
+    return [steps[step] for step in changes(method, *steps)]
 
 
 class SecureSums:

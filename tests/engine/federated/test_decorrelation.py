@@ -121,11 +121,11 @@ def test_alone_or_together(monkeypatch, method):
     torch.testing.assert_close(after(method, decorrelation=0.2), together, atol=1e-5, rtol=0)
 
 
-def test_a_pass_of_the_method_is_not_taken_twice(monkeypatch):
+def test_a_pass_of_the_method_is_not_taken_twice(monkeypatch, by_steps):
     passes = []
     decode = MLP.decode
     monkeypatch.setattr(MLP, "decode", lambda *args, **kw: (passes.append(1), decode(*args, **kw))[1])
-    after(FedAvg())
+    after(by_steps)
     expected = len(passes)
     after(FedAvg(), decorrelation=0.2)
     assert len(passes) == 2 * expected

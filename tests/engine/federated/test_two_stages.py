@@ -68,8 +68,8 @@ def test_noisy_clients_are_found_once(monkeypatch, numbers, separated):
     assert sent["noisy"].tolist() == [False, True, False]
 
 
-def test_without_adjustment_it_is_fedavg_to_the_bit():
-    assert torch.equal(after(federation(TwoStages(tau=0.0)), 3), after(federation(FedAvg()), 3))
+def test_without_adjustment_it_is_fedavg_to_the_bit(by_steps):
+    assert torch.equal(after(federation(TwoStages(tau=0.0)), 3), after(federation(by_steps), 3))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,16 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anabranch.federated.method import FedAvg
 from anabranch.federated.methods.coteaching import CoTeaching
 from anabranch.federated.packed import Batch
 from anabranch.federated.rounds import run_round
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_without_forgetting_it_is_two_runs_of_fedavg_to_the_bit(found_small, drop_last):
+def test_without_forgetting_it_is_two_runs_of_fedavg_to_the_bit(found_small, drop_last, by_steps):
     both = found_small(CoTeaching(forget=0), drop_last=drop_last)
-    apart = [found_small(FedAvg(), drop_last=drop_last) for _ in range(2)]
+    apart = [found_small(by_steps, drop_last=drop_last) for _ in range(2)]
     for w, federation in enumerate(apart):
         federation.server["model"] = both.server["model"][w : w + 1].clone()
     assert not torch.equal(apart[0].server["model"], apart[1].server["model"])

@@ -5,7 +5,6 @@ import torch
 from scipy import stats
 
 from anabranch.federated.augment import augment
-from anabranch.federated.method import FedAvg
 from anabranch.federated.methods import dividemix
 from anabranch.federated.methods.dividemix import DivideMix
 from anabranch.federated.networks.text import Text
@@ -17,9 +16,9 @@ from anabranch.labels.mixtures import clean_posteriors
 SOON = {"warm_up": 1, "ramp": 2}
 
 
-def test_warm_up_is_two_runs_of_fedavg_to_the_bit(found_small):
+def test_warm_up_is_two_runs_of_fedavg_to_the_bit(found_small, by_steps):
     both = found_small(DivideMix(warm_up=3))
-    apart = [found_small(FedAvg()) for _ in range(2)]
+    apart = [found_small(by_steps) for _ in range(2)]
     for w, federation in enumerate(apart):
         federation.server["model"] = both.server["model"][w : w + 1].clone()
     for _ in range(3):

@@ -5,7 +5,6 @@ import torch
 
 from anabranch.federated import local
 from anabranch.federated.local import train
-from anabranch.federated.method import FedAvg
 from anabranch.federated.methods.fedelc import FedELC
 from anabranch.federated.networks.layout import forward
 from anabranch.federated.packed import epoch
@@ -109,10 +108,10 @@ def test_labels_follow_their_samples(found_small):
     torch.testing.assert_close(g.server["model"], f.server["model"], atol=1e-5, rtol=1e-5)
 
 
-def test_with_nobody_noisy_and_no_adjustment_it_is_fedavg_to_the_bit(found_small, trained):
+def test_with_nobody_noisy_and_no_adjustment_it_is_fedavg_to_the_bit(found_small, trained, by_steps):
     nobody = torch.zeros(4, dtype=torch.bool)
     f = after(found_small(FedELC(tau=0.0, warmup=9)), 3, nobody)
-    assert torch.equal(f.server["model"], trained(FedAvg(), 3))
+    assert torch.equal(f.server["model"], trained(by_steps, 3))
 
 
 @pytest.mark.parametrize("drop_last", [False, True])

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from anabranch.federated import local
-from anabranch.federated.method import FedAvg
 from anabranch.federated.methods.fednoro import FedNoRo
 from anabranch.federated.networks.layout import forward
 from anabranch.federated.packed import epoch
@@ -53,9 +52,9 @@ def test_the_loss(found_small):
             torch.testing.assert_close(found[k], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_with_nobody_noisy_and_no_adjustment_it_is_fedavg_to_the_bit(found_small, trained):
+def test_with_nobody_noisy_and_no_adjustment_it_is_fedavg_to_the_bit(found_small, trained, by_steps):
     nobody = torch.zeros(4, dtype=torch.bool)
-    assert torch.equal(after(found_small(FedNoRo(tau=0.0, warmup=9)), 3, nobody), trained(FedAvg(), 3))
+    assert torch.equal(after(found_small(FedNoRo(tau=0.0, warmup=9)), 3, nobody), trained(by_steps, 3))
 
 
 def test_each_part_of_the_second_stage_matters(found_small):

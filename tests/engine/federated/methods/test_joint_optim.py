@@ -4,13 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anabranch.federated.method import FedAvg
 from anabranch.federated.methods.joint_optim import JointOptim
 from anabranch.federated.rounds import run_round
 
 
-def test_with_labels_alone_that_never_change_it_is_fedavg(trained):
-    assert torch.equal(trained(JointOptim(alpha=0.0, beta=0.0, warm_up=99)), trained(FedAvg()))
+def test_with_labels_alone_that_never_change_it_is_fedavg(trained, by_steps):
+    assert torch.equal(trained(JointOptim(alpha=0.0, beta=0.0, warm_up=99)), trained(by_steps))
 
 
 @pytest.mark.parametrize("hard", [False, True])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from anabranch.federated import local
 from anabranch.federated.local import train
-from anabranch.federated.method import FedAvg, Replies
+from anabranch.federated.method import Replies
 from anabranch.federated.methods.fedelc import FedELC
 from anabranch.federated.methods.maskedoptim import MaskedOptim
 from anabranch.federated.packed import epoch
@@ -124,9 +124,9 @@ def test_with_nobody_noisy_or_without_learning_it_is_a_median_to_the_bit(found_s
     assert torch.equal(unlearned, plain)
 
 
-def test_with_all_parts_left_out_it_is_fedavg_to_the_bit(found_small, trained):
+def test_with_all_parts_left_out_it_is_fedavg_to_the_bit(found_small, trained, by_steps):
     bare = MaskedOptim(warmup=9, tau=0.0, learn=False, aggregation="mean")
-    assert torch.equal(after(found_small(bare), 3).server["model"], trained(FedAvg(), 3))
+    assert torch.equal(after(found_small(bare), 3).server["model"], trained(by_steps, 3))
 
 
 @pytest.mark.parametrize("drop_last", [False, True])

@@ -20,9 +20,9 @@ def cosine(a, b):
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_without_its_terms_it_is_fedavg_to_the_bit(trained, drop_last):
+def test_without_its_terms_it_is_fedavg_to_the_bit(trained, drop_last, by_steps):
     plain = RobustFL(forget=0, trust=10, pull=0, entropy=0)
-    assert torch.equal(trained(plain, drop_last=drop_last), trained(FedAvg(), drop_last=drop_last))
+    assert torch.equal(trained(plain, drop_last=drop_last), trained(by_steps, drop_last=drop_last))
 
 
 def test_alone_and_together(same_alone_and_together):

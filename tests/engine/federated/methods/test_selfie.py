@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anabranch.federated.method import FedAvg
 from anabranch.federated.methods.selfie import SELFIE
 from anabranch.federated.rounds import run_round
 
 
 @pytest.mark.parametrize("method", [SELFIE(warm_up=99), SELFIE(warm_up=0, rate=0.0, threshold=-1.0)])
-def test_before_its_time_or_without_doubts_it_is_fedavg(trained, method):
-    assert torch.equal(trained(method), trained(FedAvg()))
+def test_before_its_time_or_without_doubts_it_is_fedavg(trained, method, by_steps):
+    assert torch.equal(trained(method), trained(by_steps))
 
 
 @pytest.mark.parametrize("method", [SELFIE(warm_up=1, history=3), SELFIE(warm_up=1, history=2, rate=0.5)])

@@ -1,0 +1,74 @@
+"""Epochs that a kernel takes whole, beside the same ones step by step."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from anabranch.federated import local
+from anabranch.federated.method import FedAvg
+from anabranch.federated.methods.fedprox import FedProx
+from anabranch.federated.networks.cnn import CNN
+from anabranch.federated.networks.mlp import MLP
+from anabranch.federated.rounds import Holdings, found, run_round
+from anabranch.federated.schedule import Schedule
+
+COUNTS = (12, 2, 19, 5)
+
+
+def model_after(method, network, rounds=3, **settings):
+    generator, M = torch.Generator().manual_seed(1), sum(COUNTS)
+    x, y = torch.randn(M, 1, 4, 4, generator=generator), torch.randint(0, 3, (M,), generator=generator)
+    schedule = Schedule(**{"batch": 4, "epochs": 2, **settings})
+    federation = found(method, network, Holdings(x, y, torch.arange(M).split(list(COUNTS))), schedule)
+    for _ in range(rounds):
+        run_round(federation)
+    return federation.server["model"]
+
+
+@pytest.fixture
+def epochs(monkeypatch):
+    """Grows with every epoch that the kernel takes."""
+    taken, real = [], local.perceptron_sgd
+    monkeypatch.setattr(local, "perceptron_sgd", lambda *args, **more: (taken.append(args), real(*args, **more)))
+    return taken
+
+
+@pytest.mark.parametrize("widths", [(16, 3), (16, 7, 3), (16, 9, 5, 3)])
+@pytest.mark.parametrize("settings", [{}, {"drop_last": True}, {"momentum": 0.0, "weight_decay": 0.0}, {"batch": 64}])
+def test_it_trains_as_the_steps_do(widths, settings, by_steps, epochs):
+    whole = model_after(FedAvg(), MLP(widths), **settings)
+    assert len(epochs) == 6  # three rounds of one group, two epochs each
+    torch.testing.assert_close(whole, model_after(by_steps, MLP(widths), **settings), rtol=1e-5, atol=1e-6)
+    assert len(epochs) == 6
+
+
+def test_networks_beside_each_other_are_each_trained(by_steps, epochs):
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Two(FedAvg):
+        networks: ClassVar[int] = 2
+
+    class TwoBySteps(type(by_steps)):
+        networks = 2
+
+    network = MLP((16, 7, 3))
+    both = model_after(Two(), network)
+    assert len(epochs) == 12
+    torch.testing.assert_close(both, model_after(TwoBySteps(), network), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(both[0], both[1])
+
+
+@pytest.mark.parametrize(
+    ("method", "network", "settings"),
+    [
+        (FedProx(), MLP((16, 7, 3)), {}),
+        (FedAvg(), MLP((16, 7, 3)), {"decorrelation": 0.1}),
+        (FedAvg(), MLP((16, 7, 3)), {"augment": True}),
+        (FedAvg(), MLP((16, *[3] * 16, 3)), {}),
+        (FedAvg(), CNN(1, 4, 4, 3), {}),
+    ],
+)
+def test_what_else_is_trained_goes_step_by_step(method, network, settings, epochs):
+    assert model_after(method, network, rounds=1, **settings).isfinite().all()
+    assert not epochs
