@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.labels.selection import smallest
+from anabranch.labels.softmax import log_softmax, softmax
 
 
 class Slopes(NamedTuple):
@@ -43,7 +44,7 @@ def slopes(logits: Tensor, labels: Tensor, y: Tensor, chosen: Tensor, *, alpha: 
     chosen  [...] bool     samples whose learned label is held to the given one
     """
     C = logits.shape[-1]
-    log_r, log_s = logits.detach().log_softmax(-1), labels.detach().log_softmax(-1)
+    log_r, log_s = log_softmax(logits.detach()), log_softmax(labels.detach())
     r, s = log_r.exp(), log_s.exp()
     apart = log_r - log_s
     divergence = (r * apart).sum(-1, keepdim=True)
@@ -64,7 +65,7 @@ def first_labels(y: Tensor, classes: int, certainty: float) -> Tensor:
 
 def merged(labels: Tensor, logits: Tensor, certainty: float) -> Tensor:
     """Half of what the labels [..., C] say and half of what the network does, as new label logits."""
-    return certainty * (labels.softmax(-1) + logits.softmax(-1)) / 2
+    return certainty * (softmax(labels) + softmax(logits)) / 2
 
 
 def share_of_smallest(losses: Tensor, real: Tensor, share: float) -> Tensor:

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from anabranch.labels.softmax import softmax
+
 LEAST = 1e-4  # stands for zero in the logarithm of a one-hot label
 CLOSE = 1e-4  # how near to 0 and 1 predictions are taken to be where one minus them is in a logarithm
 
@@ -32,7 +34,7 @@ def early_learning(logits: Tensor, past: Tensor, momentum: float) -> tuple[Tenso
     past     [..., C]  t before this prediction; zeros at first
     returns  [...] and t = momentum past + (1 - momentum) p [..., C], through which no slope goes
     """
-    p = logits.softmax(-1).clamp(CLOSE, 1 - CLOSE)
+    p = softmax(logits).clamp(CLOSE, 1 - CLOSE)
     seen = p.detach()
     targets = momentum * past + (1 - momentum) * seen / seen.sum(-1, keepdim=True)
     return torch.log1p(-(p * targets).sum(-1)), targets

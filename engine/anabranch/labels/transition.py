@@ -20,12 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anabranch.labels.softmax import log_softmax, softmax
+
 LEAST_VARIANCE = 1e-12  # columns that vary less are constant, and go together with nothing
 
 
 def transition(logits: Tensor, eps: float) -> Tensor:
     """T [..., C, C] of logits A + a I [..., C, C]."""
-    return (1 - eps) * logits.softmax(-1) + eps / logits.shape[-1]
+    return (1 - eps) * softmax(logits) + eps / logits.shape[-1]
 
 
 def label_column(logits: Tensor, y: Tensor, eps: float) -> Tensor:
@@ -54,7 +56,7 @@ class _Column(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         logits, index, share = ctx.saved_tensors
         along = (slope * share * (1 - ctx.eps)).unsqueeze(-1)
-        of_logits = logits.softmax(-1).mul_(-along)
+        of_logits = softmax(logits).mul_(-along)
         return of_logits.scatter_add_(-1, index, along), None, None
 
 
@@ -68,7 +70,7 @@ def forward_losses(logits: Tensor, matrix: Tensor, y: Tensor) -> Tensor:
     """-log (p T)_y: logits [..., C] of the class, matrix [..., C, C] (those in front may be left out), y [...]."""
     columns = matrix.mT.expand(*y.shape, -1, -1)
     column = columns.gather(-2, y[..., None, None].expand(*y.shape, 1, logits.shape[-1])).squeeze(-2)
-    return -(logits.log_softmax(-1) + column.log()).logsumexp(-1)
+    return -(log_softmax(logits) + column.log()).logsumexp(-1)
 
 
 def cross_correlation(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
