@@ -118,22 +118,35 @@ bool coordinates(const Rows3& points, uintptr_t out, int rule, int f, int B, int
   return coordinate_rule(c, chosen, threads);
 }
 
+Perceptron perceptron_of(const std::vector<int>& widths, int batch) {
+  Perceptron net{};
+  net.layers = static_cast<int>(widths.size()) - 1, net.batch = batch;
+  std::copy(widths.begin(), widths.end(), net.widths);
+  return net;
+}
+
+Sgd sgd_of(const std::array<float, 3>& sgd) { return {sgd[0], sgd[1], sgd[2]}; }
+
 void train_perceptrons(const std::vector<int>& widths, uintptr_t rows, uintptr_t velocity, uintptr_t x, uintptr_t index,
                        uintptr_t y, uintptr_t counts, const std::array<int64_t, 3>& sizes, int batch,
                        const std::array<float, 3>& sgd, const std::string& isa, int threads) {
-  PerceptronCall c{};
-  c.net.layers = static_cast<int>(widths.size()) - 1;
-  std::copy(widths.begin(), widths.end(), c.net.widths);
-  c.rows = pointer<float>(rows), c.velocity = pointer<float>(velocity), c.x = pointer<float>(x);
-  c.index = pointer<int64_t>(index), c.y = pointer<int64_t>(y), c.counts = pointer<int64_t>(counts);
-  c.N = sizes[0], c.M = sizes[1], c.n = sizes[2], c.batch = batch;
-  c.lr = sgd[0], c.momentum = sgd[1], c.weight_decay = sgd[2];
+  const PerceptronCall c{perceptron_of(widths, batch), sgd_of(sgd),          pointer<float>(rows), pointer<float>(velocity),
+                         pointer<float>(x),            pointer<int64_t>(index), pointer<int64_t>(y),  pointer<int64_t>(counts),
+                         sizes[0],                     sizes[1],             sizes[2]};
   const Isa chosen = isa_of(isa);
   py::gil_scoped_release release;
   const std::string wrong = perceptron_sgd(c, chosen, threads);
   py::gil_scoped_acquire acquire;
   raise_if(wrong);
 }
+
+// The states of N perceptrons, in memory of the caller's.
+struct Steps : PerceptronSteps {
+  Steps(const std::vector<int>& widths, int batch, int64_t N, const std::string& isa)
+      : PerceptronSteps{perceptron_of(widths, batch), nullptr, 0, N, isa_of(isa)} {
+    floats = perceptron_state_floats(net, this->isa);
+  }
+};
 
 using Rows = std::array<int64_t, 4>;  // {address, type, stride of rows, width}
 
@@ -205,6 +218,25 @@ PYBIND11_MODULE(_C, m) {
   m.def("combine", &sum_of_rows);
   m.def("coordinate_rule", &coordinates);
   m.def("perceptron_sgd", &train_perceptrons);
+  using Release = py::call_guard<py::gil_scoped_release>;
+  py::class_<Steps>(m, "PerceptronSteps")
+      .def(py::init<const std::vector<int>&, int, int64_t, const std::string&>())
+      .def_readonly("floats", &Steps::floats)
+      .def("load", [](Steps& s, uintptr_t states, uintptr_t rows, uintptr_t velocity, int threads) {
+        s.states = pointer<float>(states);
+        perceptron_load(s, pointer<float>(rows), pointer<float>(velocity), threads);
+      }, Release())
+      .def("unload", [](const Steps& s, uintptr_t rows, uintptr_t velocity, int threads) {
+        perceptron_unload(s, pointer<float>(rows), pointer<float>(velocity), threads);
+      }, Release())
+      .def("forward", [](const Steps& s, uintptr_t x, int64_t M, int B, uintptr_t logits, uintptr_t features, int threads) {
+        perceptron_forward(s, pointer<float>(x), M, B, pointer<float>(logits), pointer<float>(features), threads);
+      }, Release())
+      .def("step", [](const Steps& s, const std::array<float, 3>& sgd, uintptr_t logits, uintptr_t features,
+                      uintptr_t live, int64_t M, int B, int threads) {
+        perceptron_step(s, sgd_of(sgd), pointer<float>(logits), pointer<float>(features), pointer<bool>(live), M, B,
+                        threads);
+      }, Release());
   m.def("rank_lora", &adapters);
   m.def("listed_dots", &dots);
   m.def("listed_sums", &sums);

@@ -27,7 +27,20 @@ struct CoordinatePlan;
 struct Exchange;
 struct RowTable;
 struct AdapterPlace;
+struct Perceptron;
 struct PerceptronCall;
+struct Sgd;
+
+struct PerceptronKernels {
+  int64_t (*floats)(const Perceptron&);
+  void (*epoch)(const PerceptronCall&, int64_t row, float* scratch);
+  void (*load)(const Perceptron&, float* state, const float* row, const float* velocity);
+  void (*unload)(const Perceptron&, float* state, float* row, float* velocity);
+  void (*forward)(const Perceptron&, float* state, const float* x, int samples, float* logits,
+                  float* features);
+  void (*step)(const Perceptron&, const Sgd&, float* state, const float* logits, const float* features,
+               int samples);
+};
 
 // One row of function pointers for each instruction set. Scratch memory comes from the caller, 64-byte aligned.
 struct Kernels {
@@ -41,11 +54,10 @@ struct Kernels {
   void (*gram)(const GramCall&, int b, int64_t begin, int64_t end, float* scratch, double* sums);
   int64_t (*combine_scratch_floats)();
   void (*combine)(const CombineCall&, int b, const Addend*, int addends, int64_t begin, int64_t end, float* scratch);
-  CoordinatePlan (*coordinate_plan)(const CoordinateCall&);  // this and the next three up to AVX-512; null above
+  CoordinatePlan (*coordinate_plan)(const CoordinateCall&);  // this and the next two up to AVX-512; null above
   bool (*coordinates)(const CoordinateCall&, int b, int64_t begin, int64_t end, const Exchange*, int64_t exchanges,
                       float* scratch);
-  int64_t (*perceptron_scratch_floats)(const PerceptronCall&);
-  void (*perceptron_epoch)(const PerceptronCall&, int64_t client, float* scratch);
+  PerceptronKernels perceptron;
   void (*row_dots)(const RowTable&, const int32_t* index, int64_t index_row, int first, int count, const RowTable& x,
                    const int* token, int tokens, float* to, int64_t to_row);
   void (*row_sums)(const RowTable&, const int32_t* index, int first, const float* factors, int count, int begin, int end,

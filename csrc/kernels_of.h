@@ -61,17 +61,29 @@ constexpr decltype(Kernels::coordinates) coordinates_of() {
 }
 
 template <class S>
-constexpr decltype(Kernels::perceptron_scratch_floats) perceptron_scratch_floats_of() {
-  if constexpr (S::pairs) return nullptr;
-  else return [](const PerceptronCall& call) { return PerceptronKernel<S>(call).scratch_floats(); };
-}
-
-template <class S>
-constexpr decltype(Kernels::perceptron_epoch) perceptron_epoch_of() {
-  if constexpr (S::pairs) return nullptr;
-  else return [](const PerceptronCall& call, int64_t client, float* scratch) {
-    PerceptronKernel<S>(call).epoch(client, scratch);
-  };
+constexpr PerceptronKernels perceptron_kernels_of() {
+  if constexpr (S::pairs) {
+    return {};
+  } else {
+    return {
+        [](const Perceptron& net) { return PerceptronKernel<S>(net, nullptr).floats(); },
+        [](const PerceptronCall& call, int64_t row, float* scratch) {
+          PerceptronKernel<S>(call.net, scratch).epoch(call, row);
+        },
+        [](const Perceptron& net, float* state, const float* row, const float* velocity) {
+          PerceptronKernel<S>(net, state).load(row, velocity);
+        },
+        [](const Perceptron& net, float* state, float* row, float* velocity) {
+          PerceptronKernel<S>(net, state).unload(row, velocity);
+        },
+        [](const Perceptron& net, float* state, const float* x, int samples, float* logits, float* features) {
+          PerceptronKernel<S>(net, state).forward_all(x, samples, logits, features);
+        },
+        [](const Perceptron& net, const Sgd& sgd, float* state, const float* logits, const float* features, int samples) {
+          PerceptronKernel<S>(net, state).step_all(sgd, logits, features, samples);
+        },
+    };
+  }
 }
 
 // Calls body with the kernel for so many rows.
@@ -115,8 +127,7 @@ constexpr Kernels kernels_of() {
       },
       coordinate_plan_of<S>(),
       coordinates_of<S>(),
-      perceptron_scratch_floats_of<S>(),
-      perceptron_epoch_of<S>(),
+      perceptron_kernels_of<S>(),
       RankLoraKernel<S>::dots,
       [](const RowTable& table, const int32_t* index, int first, const float* factors, int count, int begin, int end,
          void* y, Type y_type, bool add) {

@@ -1,4 +1,4 @@
-// One perceptron's epoch of SGD, for any instruction set S (simd_*.h).
+// One perceptron under SGD, for any instruction set S (simd_*.h).
 //
 // Its weights and velocities stay in the nearest cache that holds them, in panels: columns of two vectors, row after
 // row, filled up with zeros, so that every product and every step reads and writes them as one stream. A step is three
@@ -27,54 +27,93 @@ class PerceptronKernel {
   static constexpr float kLog2e = 1.44269504088896f;
 
  public:
-  explicit PerceptronKernel(const PerceptronCall& call) : c_(call), L_(call.net.layers), widths_(call.net.widths) {
+  // `scratch` is the perceptron's own as long as it is trained.
+  PerceptronKernel(const Perceptron& net, float* scratch) : net_(net), L_(net.layers), widths_(net.widths), s_(scratch) {
     int64_t at = 0;
-    const auto take = [&](int64_t floats) {
+    const auto room_for = [&](int64_t floats) {
       const int64_t begin = at;
       at += round_up(floats, 16);
       return begin;
     };
-    batch_ = static_cast<int>(std::min<int64_t>(call.batch, call.n));
+    const int64_t B = net.batch;
     int64_t turned = 0, widest = 0;
     for (int l = 0; l < L_; ++l) {
       padded_[l] = static_cast<int>(round_up(widths_[l + 1], W));
-      weight_[l] = take(int64_t{widths_[l]} * padded_[l]), bias_[l] = take(padded_[l]);
+      weight_[l] = room_for(int64_t{widths_[l]} * padded_[l]), bias_[l] = room_for(padded_[l]);
       widest = std::max<int64_t>(widest, padded_[l]);
       if (l) turned = std::max<int64_t>(turned, int64_t{widths_[l + 1]} * padded_[l - 1]);
     }
     velocity_ = at, at *= 2;
-    input_ = take(int64_t{batch_} * widths_[0]);
-    for (int l = 0; l < L_; ++l) output_[l] = take(int64_t{batch_} * padded_[l]);
-    slope_[0] = take(batch_ * widest), slope_[1] = take(batch_ * widest);
-    turned_ = take(turned);
+    input_ = room_for(B * widths_[0]);
+    for (int l = 0; l < L_; ++l) output_[l] = room_for(B * padded_[l]);
+    slope_[0] = room_for(B * widest), slope_[1] = room_for(B * widest);
+    turned_ = room_for(turned);
     floats_ = at;
   }
 
-  int64_t scratch_floats() const { return floats_; }
+  int64_t floats() const { return floats_; }
 
-  // Client i goes through its samples once.
-  void epoch(int64_t i, float* scratch) {
-    s_ = scratch;
-    const int64_t count = c_.counts[i];
-    copy<true>(c_.rows + i * size(), s_), copy<true>(c_.velocity + i * size(), s_ + velocity_);
-    for (int64_t begin = 0; begin < count; begin += batch_) {
-      const int samples = static_cast<int>(std::min<int64_t>(batch_, count - begin));
-      gather(c_.index + i * c_.n + begin, samples);
+  void load(const float* row, const float* velocity) { copy<true>(row, s_), copy<true>(velocity, s_ + velocity_); }
+
+  void unload(float* row, float* velocity) const { copy<false>(row, s_), copy<false>(velocity, s_ + velocity_); }
+
+  // Row i of a call goes through its samples once.
+  void epoch(const PerceptronCall& call, int64_t i) {
+    const int64_t count = call.counts[i], D = net_.size();
+    load(call.rows + i * D, call.velocity + i * D);
+    for (int64_t begin = 0; begin < count; begin += net_.batch) {
+      const int samples = static_cast<int>(std::min<int64_t>(net_.batch, count - begin));
+      const int64_t* index = call.index + i * call.n + begin;
+      for (int b = 0; b < samples; ++b) take(b, call.x + index[b] * widths_[0]);
       for (int l = 0; l < L_; ++l) forward(l, samples);
-      slopes_of_logits(c_.y + i * c_.n + begin, samples);
-      for (int l = L_ - 1; l >= 0; --l) {
-        if (l) backward(l, samples);
-        step(l, samples);
-      }
+      slopes_of_logits(call.y + i * call.n + begin, samples);
+      descend(call.sgd, nullptr, samples);
     }
-    copy<false>(c_.rows + i * size(), s_), copy<false>(c_.velocity + i * size(), s_ + velocity_);
+    unload(call.rows + i * D, call.velocity + i * D);
+  }
+
+  // x [samples, widths[0]] -> logits [samples, C], features [samples, d].
+  void forward_all(const float* x, int samples, float* logits, float* features) {
+    for (int b = 0; b < samples; ++b) take(b, x + int64_t{b} * widths_[0]);
+    for (int l = 0; l < L_; ++l) forward(l, samples);
+    const int C = widths_[L_], d = widths_[L_ - 1];
+    for (int64_t b = 0; b < samples; ++b) {
+      std::copy_n(s_ + output_[L_ - 1] + b * padded_[L_ - 1], C, logits + b * C);
+      if (features != nullptr) std::copy_n(inputs(L_ - 1) + b * inputs_row(L_ - 1), d, features + b * d);
+    }
+  }
+
+  // One step, of the slopes of these.
+  void step_all(const Sgd& sgd, const float* logits, const float* features, int samples) {
+    const int C = widths_[L_], P = padded_[L_ - 1];
+    float* to = slopes(L_ - 1);
+    for (int64_t b = 0; b < samples; ++b) {
+      std::copy_n(logits + b * C, C, to + b * P);
+      std::fill(to + b * P + C, to + (b + 1) * P, 0.0f);
+    }
+    descend(sgd, features, samples);
   }
 
  private:
-  int64_t size() const {
-    int64_t total = 0;
-    for (int l = 0; l < L_; ++l) total += (int64_t{widths_[l]} + 1) * widths_[l + 1];
-    return total;
+  void take(int b, const float* x) { std::copy_n(x, widths_[0], s_ + input_ + int64_t{b} * widths_[0]); }
+
+  // Down the slopes of the logits, and those of features that come beside.
+  void descend(const Sgd& sgd, const float* features, int samples) {
+    for (int l = L_ - 1; l >= 0; --l) {
+      if (l) backward(l, samples);
+      if (l == L_ - 1 && l && features != nullptr) add_to_slopes(l - 1, features, samples);
+      step(sgd, l, samples);
+    }
+  }
+
+  // More slopes [samples, width] of layer l's outputs, through their rectifier.
+  void add_to_slopes(int l, const float* more, int samples) {
+    const int width = widths_[l + 1];
+    for (int64_t b = 0; b < samples; ++b) {
+      const float* a = s_ + output_[l] + b * padded_[l];
+      float* to = slopes(l) + b * padded_[l];
+      for (int j = 0; j < width; ++j) to[j] += a[j] > 0.0f ? more[b * width + j] : 0.0f;
+    }
   }
 
   // Calls body(first column, number of vectors) for each panel of so many columns.
@@ -120,11 +159,6 @@ class PerceptronKernel {
         }
       }
     });
-  }
-
-  void gather(const int64_t* index, int samples) {
-    for (int b = 0; b < samples; ++b)
-      std::copy_n(c_.x + index[b] * widths_[0], widths_[0], s_ + input_ + int64_t{b} * widths_[0]);
   }
 
   const float* inputs(int l) const { return s_ + (l ? output_[l - 1] : input_); }
@@ -256,7 +290,7 @@ class PerceptronKernel {
   }
 
   // Layer l goes down its slopes.
-  void step(int l, int samples) {
+  void step(const Sgd& sgd, int l, int samples) {
     const float* a = inputs(l);
     const int64_t a_row = inputs_row(l);
     const float* from = slopes(l);
@@ -282,34 +316,33 @@ class PerceptronKernel {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) descend(panel + (int64_t{i + r} * V + v) * W, sums[r][v]);
+          for (int v = 0; v < V; ++v) move(sgd, panel + (int64_t{i + r} * V + v) * W, sums[r][v]);
       });
       F sums[V];
       for (int v = 0; v < V; ++v) sums[v] = S::zero();
       for (int b = 0; b < samples; ++b)
         for (int v = 0; v < V; ++v) sums[v] = S::add(sums[v], S::load(from + int64_t{b} * P + c + v * W));
-      for (int v = 0; v < V; ++v) descend(s_ + bias_[l] + c + v * W, sums[v]);
+      for (int v = 0; v < V; ++v) move(sgd, s_ + bias_[l] + c + v * W, sums[v]);
     });
   }
 
-  [[gnu::always_inline]] inline void descend(float* w, F slope) const {
+  [[gnu::always_inline]] inline void move(const Sgd& sgd, float* w, F slope) const {
     float* velocity = w + velocity_;
     const F old = S::load(w);
-    slope = S::fma(S::set1(c_.weight_decay), old, slope);
-    slope = S::fma(S::set1(c_.momentum), S::load(velocity), slope);
+    slope = S::fma(S::set1(sgd.weight_decay), old, slope);
+    slope = S::fma(S::set1(sgd.momentum), S::load(velocity), slope);
     S::store(velocity, slope);
-    S::store(w, S::fma(S::set1(-c_.lr), slope, old));
+    S::store(w, S::fma(S::set1(-sgd.lr), slope, old));
   }
 
-  const PerceptronCall& c_;
+  const Perceptron& net_;
   const int L_;
   const int* widths_;
-  int batch_;
+  float* s_;
   // Where things are in the scratch memory; velocities are as far behind what they move.
   int padded_[Perceptron::kMostLayers];
   int64_t weight_[Perceptron::kMostLayers], bias_[Perceptron::kMostLayers], output_[Perceptron::kMostLayers];
   int64_t velocity_, input_, slope_[2], turned_, floats_;
-  float* s_ = nullptr;
 };
 
 }  // namespace anabranch

@@ -25,19 +25,66 @@ std::string wrong_in(const PerceptronCall& call) {
   return {};
 }
 
+const PerceptronKernels& kernels_of_perceptrons(Isa isa) {
+  return kernels_for(std::min(isa, Isa::avx512)).perceptron;  // the levels above add nothing here
+}
+
 }  // namespace
 
 std::string perceptron_sgd(const PerceptronCall& call, Isa isa, int threads) {
   std::string wrong = wrong_in(call);
   if (!wrong.empty() || call.N == 0) return wrong;
-  const Kernels& kernels = kernels_for(std::min(isa, Isa::avx512));  // the levels above add nothing here
-  const int64_t own = kernels.perceptron_scratch_floats(call);
+  const PerceptronKernels& kernels = kernels_of_perceptrons(isa);
+  const int64_t own = kernels.floats(call.net);
   threads = static_cast<int>(std::min<int64_t>(threads, call.N));
   const AlignedFloats scratch(own * threads);
-  parallel_for(static_cast<int>(call.N), threads, [&](int client, int thread) {
-    kernels.perceptron_epoch(call, client, scratch.data() + thread * own);
+  parallel_for(static_cast<int>(call.N), threads, [&](int row, int thread) {
+    kernels.epoch(call, row, scratch.data() + thread * own);
   });
   return {};
+}
+
+int64_t perceptron_state_floats(const Perceptron& net, Isa isa) {
+  return kernels_of_perceptrons(isa).floats(net);
+}
+
+void perceptron_load(const PerceptronSteps& s, const float* rows, const float* velocity, int threads) {
+  const PerceptronKernels& kernels = kernels_of_perceptrons(s.isa);
+  const int64_t D = s.net.size();
+  parallel_for(static_cast<int>(s.N), threads, [&](int i, int) {
+    kernels.load(s.net, s.states + i * s.floats, rows + i * D, velocity + i * D);
+  });
+}
+
+void perceptron_unload(const PerceptronSteps& s, float* rows, float* velocity, int threads) {
+  const PerceptronKernels& kernels = kernels_of_perceptrons(s.isa);
+  const int64_t D = s.net.size();
+  parallel_for(static_cast<int>(s.N), threads, [&](int i, int) {
+    kernels.unload(s.net, s.states + i * s.floats, rows + i * D, velocity + i * D);
+  });
+}
+
+void perceptron_forward(const PerceptronSteps& s, const float* x, int64_t M, int B, float* logits, float* features,
+                        int threads) {
+  const PerceptronKernels& kernels = kernels_of_perceptrons(s.isa);
+  const int64_t seen = int64_t{B} * s.net.widths[0], named = int64_t{B} * s.net.widths[s.net.layers];
+  const int64_t felt = int64_t{B} * s.net.widths[s.net.layers - 1];
+  parallel_for(static_cast<int>(s.N), threads, [&](int i, int) {
+    kernels.forward(s.net, s.states + i * s.floats, x + i % M * seen, B, logits + i * named,
+                               features == nullptr ? nullptr : features + i * felt);
+  });
+}
+
+void perceptron_step(const PerceptronSteps& s, const Sgd& sgd, const float* logits, const float* features,
+                     const bool* live, int64_t M, int B, int threads) {
+  const PerceptronKernels& kernels = kernels_of_perceptrons(s.isa);
+  const int64_t named = int64_t{B} * s.net.widths[s.net.layers];
+  const int64_t felt = int64_t{B} * s.net.widths[s.net.layers - 1];
+  parallel_for(static_cast<int>(s.N), threads, [&](int i, int) {
+    if (live[i % M])
+      kernels.step(s.net, sgd, s.states + i * s.floats, logits + i * named,
+                              features == nullptr ? nullptr : features + i * felt, B);
+  });
 }
 
 }  // namespace anabranch

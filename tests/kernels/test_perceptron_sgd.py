@@ -206,9 +206,9 @@ def test_what_does_not_exist_is_refused_and_nothing_is_trained(name, value, matc
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        ({"rows": torch.zeros(3, 65)}, "velocity must be like rows"),
-        ({"rows": torch.zeros(3, 65), "velocity": torch.zeros(3, 65)}, r"need rows \[N, 66\]"),
-        ({"x": torch.zeros(20, 4)}, r"x \[M, 5\], got"),
+        ({"velocity": torch.zeros(3, 65)}, r"velocity must be \[3, 66\]"),
+        ({"rows": torch.zeros(3, 65), "velocity": torch.zeros(3, 65)}, r"rows must be \[3, 66\] for widths"),
+        ({"x": torch.zeros(20, 4)}, r"x must be \[M, 5\]"),
         ({"x": torch.zeros(20, 5, dtype=torch.float64)}, "x must have 2 dimensions, torch.float32"),
         ({"y": torch.zeros(3, 8, dtype=torch.int64)}, "index and y"),
         ({"counts": torch.zeros(2, dtype=torch.int64)}, "counts"),
@@ -230,7 +230,7 @@ def test_widths_that_are_no_perceptron_are_refused(widths):
 
 def test_rows_in_place_must_be_contiguous():
     rows, velocity, *rest = case()
-    with pytest.raises(ValueError, match="must be contiguous"):
+    with pytest.raises(ValueError, match="and contiguous"):
         perceptron_sgd(rows.T.contiguous().T, velocity, *rest, widths=(5, 7, 3), **SGD)
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         perceptron_sgd(rows, velocity, *rest, widths=(5, 7, 3), batch=0, lr=0.1)

@@ -3,7 +3,8 @@
 A pass there and back counts as one, a pass there alone as a third.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -51,7 +52,7 @@ def measure_methods(names: Sequence[str], *, clients: int, repeats: int) -> list
     """One round of each method, in turns and by one thread, FedAvg first; 40 % of the digits' labels are wrong."""
     names = ["fedavg", *(name for name in names if name != "fedavg")]
     federations = [_warmed(name, clients) for name in names]
-    passes = [_passes(federation) for federation in federations]
+    passes = [_passes(name, federation) for name, federation in zip(names, federations, strict=True)]
     runs = [timed(partial(our_round, federation, 1)) for federation in federations]
     return [
         Row(
@@ -68,20 +69,28 @@ def all_methods() -> list[str]:
 
 
 def _warmed(name: str, clients: int) -> Federation:
-    data = read_digits()
-    plan = Plan(clients=clients, noise=(NOISE,))
-    holdings = lay_out(plan, data, NOISE, plan.schedule.seed).holdings
-    method = choose_method(f"{name}:{WARM[name]}" if name in WARM else name).method
-    federation = found(method, Counted((data.x.shape[1], 64, data.classes)), holdings, plan.schedule)
+    federation = _founded(name, clients, MLP)
     for _ in range(BEFORE):
         run_round(federation)
     return federation
 
 
-def _passes(federation: Federation) -> int:
+def _founded(name: str, clients: int, perceptron: Callable[[Sequence[int]], MLP]) -> Federation:
+    data = read_digits()
+    plan = Plan(clients=clients, noise=(NOISE,))
+    holdings = lay_out(plan, data, NOISE, plan.schedule.seed).holdings
+    method = choose_method(f"{name}:{WARM[name]}" if name in WARM else name).method
+    return found(method, perceptron((data.x.shape[1], 64, data.classes)), holdings, plan.schedule)
+
+
+def _passes(name: str, warmed: Federation) -> int:
     """Operations of one round."""
-    network = federation.network
-    assert isinstance(network, Counted)
-    network.done = 0
-    our_round(federation, 1)
-    return network.done
+    made: list[Counted] = []
+
+    def counted(widths: Sequence[int]) -> MLP:
+        made.append(Counted(widths))
+        return made[0]
+
+    federation = _founded(name, len(warmed.holdings.owned), counted)
+    our_round(replace(federation, server=warmed.server, kept=warmed.kept, round=warmed.round), 1)
+    return made[0].done

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from anabranch.federated.method import FedAvg, Tensors, Visit, batch_mean, cross_entropy
-from anabranch.federated.networks.layout import Network
+from anabranch.federated.networks.layout import Network, Output
 from anabranch.federated.noisy_clients import COVARIANCES, noisy_clients, scaled
 from anabranch.federated.packed import Batch, Packed
 from anabranch.labels.logit_adjustment import class_counts, log_prior
@@ -61,8 +61,8 @@ class TwoStages(FedAvg):
     def fresh(self, network: Network, data: Packed) -> dict[str, Tensor]:
         return {"log_prior": log_prior(class_counts(data.y, data.real, network.classes))}
 
-    def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
-        return batch_mean(cross_entropy(self.adjusted(visit, visit.see(rows, batch.x).logits), batch.y), batch)
+    def loss_of(self, visit: Visit, out: Output, batch: Batch) -> Tensor:
+        return batch_mean(cross_entropy(self.adjusted(visit, out.logits), batch.y), batch)
 
     def adjusted(self, visit: Visit, logits: Tensor) -> Tensor:
         return logits + self.tau * visit.kept["log_prior"][:, None]

@@ -32,6 +32,6 @@ def perceptron_sgd(
     x, index, y, counts = (tensor.contiguous() for tensor in (x, index, y, counts))
     extension.perceptron_sgd(
         tuple(widths), rows.data_ptr(), velocity.data_ptr(), x.data_ptr(), index.data_ptr(), y.data_ptr(),
-        counts.data_ptr(), (len(rows), len(x), index.shape[1]), batch, (lr, momentum, weight_decay), isa,
-        torch.get_num_threads(),
+        counts.data_ptr(), (len(rows), len(x), index.shape[1]), min(batch, index.shape[1]),
+        (lr, momentum, weight_decay), isa, torch.get_num_threads(),
     )  # fmt: skip

@@ -51,36 +51,41 @@ def perceptron_sgd(
     Raises ValueError for shapes, dtypes or devices that do not fit and, on the CPU, for samples, classes or counts that
     do not exist; nothing is trained then.
     """
-    _check(rows, velocity, x, index, y, counts)
-    if not 1 < len(widths) <= MOST_LAYERS + 1 or min(widths) < 1:
-        raise ValueError(f"widths must be 2 to {MOST_LAYERS + 1} positive numbers, got {list(widths)}")
-    D = sum((a + 1) * b for a, b in pairwise(widths))
-    if rows.shape[1] != D or x.shape[1] != widths[0]:
+    check_rows(rows, velocity, widths, batch)
+    for name, tensor, ndim, dtype in (
+        ("x", x, 2, torch.float32), ("index", index, 2, torch.int64), ("y", y, 2, torch.int64),
+        ("counts", counts, 1, torch.int64),
+    ):  # fmt: skip
+        _check(name, tensor, ndim, dtype, rows.device)
+    N = len(rows)
+    if x.shape[1] != widths[0] or index.shape != y.shape or len(index) != N or len(counts) != N:
         raise ValueError(
-            f"widths {list(widths)} need rows [N, {D}] and x [M, {widths[0]}], got {list(rows.shape)} and "
-            f"{list(x.shape)}"
+            f"x must be [M, {widths[0]}], index and y [{N}, n] and counts [{N}], got {list(x.shape)}, "
+            f"{list(index.shape)}, {list(y.shape)} and {list(counts.shape)}"
         )
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
-    if len(rows) and index.shape[1]:
+    if N and index.shape[1]:
         _op(rows, velocity, x, index, y, counts, list(widths), batch, lr, momentum, weight_decay)
 
 
-def _check(rows: Tensor, velocity: Tensor, x: Tensor, index: Tensor, y: Tensor, counts: Tensor) -> None:
-    for name, tensor, ndim, dtype in (
-        ("rows", rows, 2, torch.float32), ("velocity", velocity, 2, torch.float32), ("x", x, 2, torch.float32),
-        ("index", index, 2, torch.int64), ("y", y, 2, torch.int64), ("counts", counts, 1, torch.int64),
-    ):  # fmt: skip
-        if tensor.ndim != ndim or tensor.dtype != dtype or tensor.device != rows.device:
+def check_rows(rows: Tensor, velocity: Tensor, widths: Sequence[int], batch: int) -> None:
+    """ValueError if these are not perceptrons that can be trained in place."""
+    if not 1 < len(widths) <= MOST_LAYERS + 1 or min(widths) < 1:
+        raise ValueError(f"widths must be 2 to {MOST_LAYERS + 1} positive numbers, got {list(widths)}")
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    D = sum((a + 1) * b for a, b in pairwise(widths))
+    for name, tensor in (("rows", rows), ("velocity", velocity)):
+        _check(name, tensor, 2, torch.float32, rows.device)
+        if tensor.shape != (len(rows), D) or not tensor.is_contiguous():
             raise ValueError(
-                f"{name} must have {ndim} dimensions, {dtype}, on {rows.device}, got {list(tensor.shape)} "
-                f"{tensor.dtype} on {tensor.device}"
+                f"{name} must be {[len(rows), D]} for widths {list(widths)} and contiguous, since it is trained in "
+                f"place; got {list(tensor.shape)} with strides {list(tensor.stride())}"
             )
-    N = len(rows)
-    if velocity.shape != rows.shape or index.shape != y.shape or len(index) != N or len(counts) != N:
+
+
+def _check(name: str, tensor: Tensor, ndim: int, dtype: torch.dtype, device: torch.device) -> None:
+    if tensor.ndim != ndim or tensor.dtype != dtype or tensor.device != device:
         raise ValueError(
-            f"velocity must be like rows {list(rows.shape)}, index and y [{N}, n] and counts [{N}], got "
-            f"{list(velocity.shape)}, {list(index.shape)}, {list(y.shape)} and {list(counts.shape)}"
+            f"{name} must have {ndim} dimensions, {dtype}, on {device}, got {list(tensor.shape)} {tensor.dtype} on "
+            f"{tensor.device}"
         )
-    if not rows.is_contiguous() or not velocity.is_contiguous():
-        raise ValueError("rows and velocity are trained in place and must be contiguous")

@@ -121,13 +121,13 @@ def test_alone_or_together(monkeypatch, method):
     torch.testing.assert_close(after(method, decorrelation=0.2), together, atol=1e-5, rtol=0)
 
 
-def test_a_pass_of_the_method_is_not_taken_twice(monkeypatch, by_steps):
+def test_a_pass_of_the_method_is_not_taken_twice(monkeypatch, by_autograd):
     passes = []
     decode = MLP.decode
     monkeypatch.setattr(MLP, "decode", lambda *args, **kw: (passes.append(1), decode(*args, **kw))[1])
-    after(by_steps)
+    after(by_autograd)
     expected = len(passes)
-    after(FedAvg(), decorrelation=0.2)
+    after(by_autograd, decorrelation=0.2)
     assert len(passes) == 2 * expected
 
 

@@ -1,4 +1,4 @@
-"""Epochs that a kernel takes whole, beside the same ones step by step."""
+"""Epochs and steps that a kernel takes, beside the same ones by torch alone."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,7 +8,12 @@ import torch
 
 from anabranch.federated import local
 from anabranch.federated.method import FedAvg
+from anabranch.federated.methods.coteaching import CoTeaching
+from anabranch.federated.methods.fedcfa import FedCFA
 from anabranch.federated.methods.fedprox import FedProx
+from anabranch.federated.methods.maskedoptim import MaskedOptim
+from anabranch.federated.methods.robustfl import RobustFL
+from anabranch.federated.methods.symmetric_ce import SymmetricCE
 from anabranch.federated.networks.cnn import CNN
 from anabranch.federated.networks.mlp import MLP
 from anabranch.federated.rounds import Holdings, found, run_round
@@ -59,16 +64,43 @@ def test_networks_beside_each_other_are_each_trained(by_steps, epochs):
     assert not torch.equal(both[0], both[1])
 
 
+@pytest.mark.parametrize("widths", [(16, 3), (16, 7, 3)])
 @pytest.mark.parametrize(
-    ("method", "network", "settings"),
+    ("method", "settings"),
     [
-        (FedProx(), MLP((16, 7, 3)), {}),
-        (FedAvg(), MLP((16, 7, 3)), {"decorrelation": 0.1}),
-        (FedAvg(), MLP((16, 7, 3)), {"augment": True}),
-        (FedAvg(), MLP((16, *[3] * 16, 3)), {}),
-        (FedAvg(), CNN(1, 4, 4, 3), {}),
+        (FedAvg(), {"decorrelation": 0.1, "epochs": 1}),  # more of them make much of any rounding, as it does
+        (FedAvg(), {"augment": True}),
+        (SymmetricCE(), {}),
+        (CoTeaching(forget=0.3, ramp=1), {"drop_last": True}),
+        (RobustFL(trust=1, pull=0.1), {}),
+        (MaskedOptim(warmup=1), {"decorrelation": 0.1}),
     ],
 )
-def test_what_else_is_trained_goes_step_by_step(method, network, settings, epochs):
-    assert model_after(method, network, rounds=1, **settings).isfinite().all()
-    assert not epochs
+def test_steps_of_the_kernel_are_those_of_autograd(widths, method, settings, monkeypatch):
+    """Of whatever looks at a batch once; its loss is computed by torch, for clients with fewer samples too."""
+    network = MLP(widths)
+    ways, real = [], local.way_of
+    monkeypatch.setattr(local, "way_of", lambda *args: (ways.append(real(*args)), ways[-1])[1])
+    ours = model_after(method, network, **settings)
+    assert set(ways) == {local.by_kernel}
+    monkeypatch.setattr(local, "way_of", lambda *args: local.by_autograd)
+    torch.testing.assert_close(ours, model_after(method, network, **settings), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "network", "way"),
+    [
+        (FedAvg(), MLP((16, *[3] * 15, 3)), local.whole),
+        (SymmetricCE(), MLP((16, 9, 5, 3)), local.by_autograd),  # its latents are not its features
+        (FedProx(), MLP((16, 7, 3)), local.by_autograd),
+        (FedCFA(), MLP((16, 7, 3)), local.by_autograd),
+        (FedAvg(), MLP((16, *[3] * 16, 3)), local.by_autograd),
+        (FedAvg(), CNN(1, 4, 4, 3), local.by_autograd),
+    ],
+)
+def test_each_takes_the_way_that_fits_it(method, network, way, epochs, monkeypatch):
+    ways, real = [], local.way_of
+    monkeypatch.setattr(local, "way_of", lambda *args: (ways.append(real(*args)), ways[-1])[1])
+    assert model_after(method, network, rounds=1).isfinite().all()
+    assert set(ways) == {way}
+    assert bool(epochs) == (way is local.whole)

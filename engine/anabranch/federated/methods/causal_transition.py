@@ -38,6 +38,7 @@ from anabranch.federated.packed import Batch, Packed
 from anabranch.federated.streams import Purpose
 from anabranch.labels import transition
 from anabranch.labels.selection import forget_rate, mean_of, small_losses
+from anabranch.labels.softmax import softmax
 
 DECAY = 0.9  # of the mean reward
 WARM, COLD = 1.0, 0.3  # temperatures of relaxed masks, from the end of warming up to the last round
@@ -124,7 +125,7 @@ class CausalTransition(FedAvg):
         logits, T_logits, resistant, sensitive = network.parts(views, h, m)
         y, weight = batch.y.repeat(2, 1), batch.weight.repeat(2, 1)
         column = transition.label_column(T_logits, y, self.eps)
-        log_q = (logits.softmax(-1) * column).sum(-1).log()
+        log_q = (softmax(logits) * column).sum(-1).log()
         stays = column.gather(-1, y[..., None]).squeeze(-1)  # T_yy
         losses = cross_entropy(logits, batch.y)
         forget = forget_rate(visit.round - self.warm_up, rate=self.forget, ramp=self.ramp)

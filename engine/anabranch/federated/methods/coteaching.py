@@ -18,6 +18,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from anabranch.federated.method import FedAvg, Visit, cross_entropy
+from anabranch.federated.networks.layout import Output
 from anabranch.federated.packed import Batch
 from anabranch.labels.selection import forget_rate, mean_of, small_losses
 
@@ -37,8 +38,8 @@ class CoTeaching(FedAvg):
         if not 0 <= self.forget < 1 or self.ramp < 0:
             raise ValueError(f"need forget in [0, 1) and ramp >= 0, got {self.forget} and {self.ramp}")
 
-    def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
-        logits = visit.see(rows, batch.x).logits
+    def loss_of(self, visit: Visit, out: Output, batch: Batch) -> Tensor:
+        logits = out.logits
         losses = cross_entropy(logits, batch.y)
         taught = self.taught(visit, logits.detach(), losses.detach(), batch)
         return (losses * mean_of(taught)).sum(1)

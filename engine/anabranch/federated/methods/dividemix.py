@@ -34,6 +34,7 @@ from anabranch.federated.packed import Batch
 from anabranch.federated.streams import Purpose
 from anabranch.labels.mixtures import clean_posteriors
 from anabranch.labels.selection import mean_of
+from anabranch.labels.softmax import log_softmax, softmax
 
 SMALLEST = 1e-12  # a class that is never predicted
 
@@ -82,7 +83,7 @@ class DivideMix(FedAvg):
         labelled = (clean > self.threshold).repeat_interleave(2, 1) & real
         share, partner = self._mix(visit, batch, real)
         logits = mixed_logits(visit, rows, x, share, partner)
-        log_p, target = logits.log_softmax(-1), mixed(target, share, partner)
+        log_p, target = log_softmax(logits), mixed(target, share, partner)
         p = log_p.exp()
         wrong = -(target * log_p).sum(-1) * mean_of(labelled)
         apart = (p - target).square().mean(-1) * mean_of(real & ~labelled)
@@ -97,7 +98,7 @@ class DivideMix(FedAvg):
     def _targets(self, visit: Visit, rows: Tensor, x: Tensor, y: Tensor, clean: Tensor) -> Tensor:
         """[2 N, B, C]: what each network is to say of x [N, 2 B, ...], labels y [N, B] clean with [2 N, B]."""
         with torch.no_grad():
-            own = visit.see(rows, x, training=False).logits.softmax(-1).unflatten(1, (-1, 2)).mean(2)
+            own = softmax(visit.see(rows, x, training=False).logits).unflatten(1, (-1, 2)).mean(2)
         one_hot = F.one_hot(y, visit.network.classes).repeat(2, 1, 1)
         refined = torch.lerp(own, one_hot.float(), clean[..., None])
         guessed = (own + peers(own)) / 2

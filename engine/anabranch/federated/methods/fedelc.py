@@ -25,7 +25,7 @@ from torch import Tensor
 
 from anabranch.federated.distance_aware import distance_aware
 from anabranch.federated.method import Replies, Tensors, Visit, batch_mean, cross_entropy
-from anabranch.federated.networks.layout import Network
+from anabranch.federated.networks.layout import Network, Output
 from anabranch.federated.packed import Batch, Packed
 from anabranch.federated.two_stages import TwoStages
 from anabranch.labels.learned import first_labels, merged, slopes
@@ -66,8 +66,8 @@ class FedELC(TwoStages):
         noisy: Tensor = visit.sent["noisy"]
         return noisy & self.learn
 
-    def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
-        logits, learns = visit.see(rows, batch.x).logits, self.learns(visit)
+    def loss_of(self, visit: Visit, out: Output, batch: Batch) -> Tensor:
+        logits, learns = out.logits, self.learns(visit)
         given = batch_mean(cross_entropy(self.adjusted(visit, logits), batch.y), batch)
         if not bool(learns.any()):
             return given

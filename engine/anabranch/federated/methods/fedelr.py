@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from anabranch.federated.method import FedAvg, Visit, batch_mean, cross_entropy
-from anabranch.federated.networks.layout import Network
+from anabranch.federated.networks.layout import Network, Output
 from anabranch.federated.packed import Batch, Packed
 from anabranch.labels.losses import early_learning
 
@@ -39,8 +39,8 @@ class FedELR(FedAvg):
     def fresh(self, network: Network, data: Packed) -> dict[str, Tensor]:
         return {"early": torch.zeros(*data.y.shape, network.classes)}
 
-    def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
-        logits = visit.see(rows, batch.x).logits
+    def loss_of(self, visit: Visit, out: Output, batch: Batch) -> Tensor:
+        logits = out.logits
         penalty, early = early_learning(logits, batch.take(visit.kept["early"]), self.momentum)
         batch.put(visit.kept["early"], early)
         return batch_mean(cross_entropy(logits, batch.y) + self.strength * penalty, batch)

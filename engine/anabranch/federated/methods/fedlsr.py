@@ -24,6 +24,7 @@ from anabranch.federated.augment import augment
 from anabranch.federated.method import FedAvg, Visit, batch_mean
 from anabranch.federated.packed import Batch
 from anabranch.federated.streams import Purpose
+from anabranch.labels.softmax import log_softmax
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +51,10 @@ class FedLSR(FedAvg):
         views = torch.cat([batch.x, augment(batch.x, visit.streams, batch.number, 1)], 1)
         one, two = visit.see(rows, views).logits.chunk(2, 1)
         share = visit.streams.uniform(1, Purpose.MIX, batch.number)[..., None]
-        mixed = torch.logaddexp(share.log() + one.log_softmax(-1), torch.log1p(-share) + two.log_softmax(-1))
-        sharp = (2 * mixed).log_softmax(-1)
+        mixed = torch.logaddexp(share.log() + log_softmax(one), torch.log1p(-share) + log_softmax(two))
+        sharp = log_softmax(2 * mixed)
         loss = -sharp.gather(2, batch.y[..., None]).squeeze(2)
-        one, two = (self.tau * one).log_softmax(-1), (self.tau * two).log_softmax(-1)
+        one, two = log_softmax(self.tau * one), log_softmax(self.tau * two)
         gamma = self.gamma * min(1.0, visit.round / self.ramp) if self.ramp else self.gamma
         loss = loss + gamma * divergence(one, two) + self.entropy * (entropy(one) + entropy(two)) / 2
         return batch_mean(loss, batch)

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from anabranch.federated.distance_aware import distance_aware
 from anabranch.federated.method import Replies, Tensors, Visit, batch_mean, cross_entropy
+from anabranch.federated.networks.layout import Output
 from anabranch.federated.packed import Batch
 from anabranch.federated.two_stages import TwoStages
+from anabranch.labels.softmax import log_softmax
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,15 +48,15 @@ class FedNoRo(TwoStages):
         u = min(1.0, (round - self.warmup) / max(1, rounds - self.warmup))
         return self.received * math.exp(-5 * (1 - u) ** 2)
 
-    def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
-        adjusted = self.adjusted(visit, visit.see(rows, batch.x).logits)
+    def loss_of(self, visit: Visit, out: Output, batch: Batch) -> Tensor:
+        adjusted = self.adjusted(visit, out.logits)
         given = batch_mean(cross_entropy(adjusted, batch.y), batch)
         noisy = visit.sent["noisy"]
         if not bool(noisy.any()):
             return given
         with torch.no_grad():
             teacher = visit.see(visit.received, batch.x, training=False).logits / self.temperature
-        apart = F.kl_div(adjusted.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none")
+        apart = F.kl_div(log_softmax(adjusted), log_softmax(teacher), log_target=True, reduction="none")
         w = self.listening(visit.round, visit.schedule.rounds) * noisy
         return (1 - w) * given + w * batch_mean(apart.sum(-1), batch)
 

@@ -30,6 +30,7 @@ from anabranch.federated.networks.layout import Network
 from anabranch.federated.packed import Batch, Packed, epoch, subset, with_samples
 from anabranch.federated.streams import NOBODY, Purpose, Streams
 from anabranch.labels.mixtures import clean_posteriors
+from anabranch.labels.softmax import softmax
 
 UNKNOWN = 0.5  # expertise of a client before its first visit
 CLEAN = 0.5
@@ -152,7 +153,7 @@ def or_all(chosen: Tensor, real: Tensor) -> Tensor:
 
 def slope_of_head(head: Tensor, batch: Batch) -> Tensor:
     """Of the mean cross-entropy of features batch.x [N, B, d + 1], in a last layer [N, d + 1, C]."""
-    p = (batch.x @ head).softmax(-1)
+    p = softmax(batch.x @ head)
     return batch.x.mT @ ((p - F.one_hot(batch.y, head.shape[2])) * batch.weight[..., None])
 
 

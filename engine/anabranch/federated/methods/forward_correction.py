@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from anabranch.federated.method import FedAvg, Replies, Tensors, Visit, batch_mean
-from anabranch.federated.networks.layout import Network
+from anabranch.federated.networks.layout import Network, Output
 from anabranch.federated.packed import Batch
 from anabranch.labels.noise import pairs, symmetric_matrix, target_matrix
 from anabranch.labels.transition import forward_losses
@@ -52,9 +52,8 @@ class ForwardCorrection(FedAvg):
     def send(self, server: Tensors, clients: Tensor, round: int) -> dict[str, Tensor]:
         return {"transition": server["transition"].expand(len(clients), -1, -1)}
 
-    def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
-        logits = visit.see(rows, batch.x).logits
-        return batch_mean(forward_losses(logits, visit.sent["transition"][:, None], batch.y), batch)
+    def loss_of(self, visit: Visit, out: Output, batch: Batch) -> Tensor:
+        return batch_mean(forward_losses(out.logits, visit.sent["transition"][:, None], batch.y), batch)
 
     def reply(self, visit: Visit, rows: Tensor) -> dict[str, Tensor]:
         """anchors [N, C, C]: p of a client's anchor of each class; only in the last round of warming up."""

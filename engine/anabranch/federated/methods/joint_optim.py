@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.federated.method import FedAvg, Visit, batch_mean
-from anabranch.federated.networks.layout import Network
+from anabranch.federated.networks.layout import Network, Output
 from anabranch.federated.packed import Batch, Packed
 from anabranch.labels.losses import uniform_prior
+from anabranch.labels.softmax import log_softmax
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +57,8 @@ class JointOptim(FedAvg):
             "seen": torch.zeros_like(data.y),
         }
 
-    def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
-        log_p = visit.see(rows, batch.x).logits.log_softmax(-1)
+    def loss_of(self, visit: Visit, out: Output, batch: Batch) -> Tensor:
+        log_p = log_softmax(out.logits)
         p = log_p.exp()
         seen = batch.take(visit.kept["seen"])
         batch.put(visit.kept["predicted"], p.detach(), seen % self.history)

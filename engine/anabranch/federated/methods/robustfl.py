@@ -25,8 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.federated.method import FedAvg, Replies, Tensors, Visit, cross_entropy
+from anabranch.federated.networks.layout import Output
 from anabranch.federated.packed import Batch
 from anabranch.labels.selection import forget_rate, mean_of, small_losses
+from anabranch.labels.softmax import log_softmax
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +64,7 @@ class RobustFL(FedAvg):
         visit.notes["pseudo"] = logits.argmax(-1)
         visit.notes["centroids"] = visit.sent.get("centroids", own)
 
-    def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
-        out = visit.see(rows, batch.x)
+    def loss_of(self, visit: Visit, out: Output, batch: Batch) -> Tensor:
         forget = forget_rate(visit.round, rate=self.forget, ramp=self.ramp)
         chosen = small_losses(cross_entropy(out.logits, batch.y).detach(), batch.real, forget)
         weight, centroids, features = mean_of(chosen), visit.notes["centroids"], out.features.detach()
@@ -73,7 +74,7 @@ class RobustFL(FedAvg):
             target = torch.where(agreed, batch.y, visit.notes["pseudo"].gather(1, batch.which))
         own = centroids.gather(1, batch.y[..., None].expand_as(features))
         far = (out.features - own).square().sum(-1) * (agreed & chosen)
-        log_p = out.logits.log_softmax(-1)
+        log_p = log_softmax(out.logits)
         unsure = -(log_p.exp() * log_p).sum(-1)
         pull = self.pull * min(1.0, visit.round / self.trust) if self.trust else self.pull
         means = class_means(features, batch.y, chosen, visit.network.classes)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from anabranch.federated.method import FedAvg, Visit, batch_mean, cross_entropy
-from anabranch.federated.networks.layout import Network
+from anabranch.federated.networks.layout import Network, Output
 from anabranch.federated.packed import Batch, Packed
 from anabranch.labels.agreement import agreement
 from anabranch.labels.selection import mean_of, small_losses
@@ -55,8 +55,8 @@ class SELFIE(FedAvg):
         predicted = torch.zeros(*data.y.shape, self.history, dtype=torch.int32)
         return {"predicted": predicted, "seen": torch.zeros_like(data.y)}
 
-    def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
-        logits = visit.see(rows, batch.x).logits
+    def loss_of(self, visit: Visit, out: Output, batch: Batch) -> Tensor:
+        logits = out.logits
         seen = batch.take(visit.kept["seen"])
         batch.put(visit.kept["predicted"], logits.argmax(-1).int(), seen % self.history)
         batch.put(visit.kept["seen"], seen + 1)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from anabranch.federated.method import FedAvg, Visit, batch_mean, cross_entropy
+from anabranch.federated.networks.layout import Output
 from anabranch.federated.packed import Batch
 from anabranch.labels.losses import reverse_cross_entropy
 
@@ -29,6 +30,6 @@ class SymmetricCE(FedAvg):
         if not min(self.alpha, self.beta) >= 0:
             raise ValueError(f"alpha and beta must not be negative, got {self.alpha} and {self.beta}")
 
-    def loss(self, visit: Visit, rows: Tensor, batch: Batch) -> Tensor:
-        forward = cross_entropy(visit.see(rows, batch.x).logits, batch.y)
+    def loss_of(self, visit: Visit, out: Output, batch: Batch) -> Tensor:
+        forward = cross_entropy(out.logits, batch.y)
         return batch_mean(self.alpha * forward + self.beta * reverse_cross_entropy(forward), batch)

@@ -24,8 +24,8 @@ def test_torch_cuts_likewise(limit):
     torch.testing.assert_close(Clipping(limit=limit).slope(None, slope, parts[0]), parts[1])  # tensor by tensor
 
 
-def test_a_limit_that_nothing_reaches_is_fedavg(trained, by_steps):
-    assert torch.equal(trained(Clipping(limit=1e6)), trained(by_steps))
+def test_a_limit_that_nothing_reaches_is_fedavg(trained, by_autograd):
+    assert torch.equal(trained(Clipping(limit=1e6)), trained(by_autograd))
 
 
 def test_no_step_is_longer_than_the_limit_allows(found_small, trained):

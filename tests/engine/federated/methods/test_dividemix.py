@@ -16,9 +16,9 @@ from anabranch.labels.mixtures import clean_posteriors
 SOON = {"warm_up": 1, "ramp": 2}
 
 
-def test_warm_up_is_two_runs_of_fedavg_to_the_bit(found_small, by_steps):
+def test_warm_up_is_two_runs_of_fedavg_to_the_bit(found_small, by_autograd):
     both = found_small(DivideMix(warm_up=3))
-    apart = [found_small(by_steps) for _ in range(2)]
+    apart = [found_small(by_autograd) for _ in range(2)]
     for w, federation in enumerate(apart):
         federation.server["model"] = both.server["model"][w : w + 1].clone()
     for _ in range(3):

@@ -37,8 +37,8 @@ def after(method, network, held, rounds=2, **schedule):
 NETWORK = MLP((6, 8, 3))
 
 
-def test_without_counterfactuals_it_is_fedavg_bit_for_bit(by_steps):
-    plain = after(by_steps, NETWORK, holdings())
+def test_without_counterfactuals_it_is_fedavg_bit_for_bit(by_autograd):
+    plain = after(by_autograd, NETWORK, holdings())
     ours = after(FedCFA(weights=(1, 0, 0), decorrelation=0), NETWORK, holdings())
     assert torch.equal(plain.server["model"], ours.server["model"])
 

@@ -31,8 +31,8 @@ def test_the_pull_is_the_slope_of_the_penalty(trained, squared):
 
 
 @pytest.mark.parametrize("squared", [True, False])
-def test_no_pull_is_fedavg(trained, squared, by_steps):
-    assert torch.equal(trained(FedProx(mu=0.0, squared=squared)), trained(by_steps))
+def test_no_pull_is_fedavg(trained, squared, by_autograd):
+    assert torch.equal(trained(FedProx(mu=0.0, squared=squared)), trained(by_autograd))
 
 
 @pytest.mark.parametrize("squared", [True, False])
