@@ -145,6 +145,8 @@ def step(rows: Tensor, velocity: Tensor, slopes: list[Tensor], visit: Visit, bat
         stopped = ~batch.live.repeat(len(rows) // len(batch.live))
         before = rows[stopped], velocity[stopped]
     weights = layout.cut(rows, len(slopes))
+    # torch's fused step takes them as they lie in memory; those of convolutions may lie with their channels last
+    slopes = [s if s.stride() == w.stride() else s.contiguous() for s, w in zip(slopes, weights, strict=True)]
     moments: list[Tensor | None] = [*layout.cut(velocity, len(slopes))]  # as torch declares them
     sgd(
         weights, slopes, moments, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay,

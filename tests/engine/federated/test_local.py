@@ -104,3 +104,22 @@ def test_each_takes_the_way_that_fits_it(method, network, way, epochs, monkeypat
     assert model_after(method, network, rounds=1).isfinite().all()
     assert set(ways) == {way}
     assert bool(epochs) == (way is local.whole)
+
+
+def test_a_slope_that_lies_otherwise_in_memory_is_the_same_slope(monkeypatch):
+    """torch's fused step once took slopes of convolutions, whose channels came last, for what they were not."""
+    network, real = CNN(1, 4, 4, 3), local.slope_of
+    expected = model_after(FedAvg(), network, share=0.25)  # a client alone, whose tensors have slopes of their own
+    assert any(not slope.is_contiguous() for slope in seen_slopes(monkeypatch, network))
+    monkeypatch.setattr(local, "slope_of", lambda *args: [slope.contiguous() for slope in real(*args)])
+    torch.testing.assert_close(model_after(FedAvg(), network, share=0.25), expected, rtol=0, atol=0)
+
+
+def seen_slopes(monkeypatch, network):
+    seen, real = [], local.slope_of
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            local, "slope_of", lambda *args: (seen.extend(real(*args)), seen[-len(network.layout.shapes) :])[1]
+        )
+        model_after(FedAvg(), network, rounds=1, share=0.25)
+    return seen

@@ -34,9 +34,9 @@ class CNN:
         return first_values(self.layout.shapes, generator)
 
     def encode(self, views: Views, x: Tensor, *, training: bool) -> tuple[Tensor, list[Tensor]]:
-        return max_pool(F.relu(conv(x, views, "0"))), []
+        return F.relu(max_pool(conv(x, views, "0", channels_last=True))), []
 
     def decode(self, views: Views, latent: Tensor, *, training: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        h = max_pool(F.relu(conv(latent, views, "1"))).flatten(2)
+        h = F.relu(max_pool(conv(latent, views, "1", channels_last=True))).flatten(2)
         features = F.relu(linear(h, views["2.weight"], views["2.bias"]))
         return linear(features, views["3.weight"], views["3.bias"]), features, []
