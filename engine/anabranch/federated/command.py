@@ -148,7 +148,11 @@ def list_methods() -> str:
     """Name, what it is, and options, of each method."""
     from anabranch.federated.choices import METHODS, method_class
 
-    lines: list[str] = []
+    lines = [
+        "A robust rule may take the place of any method's mean, as NAME:mean.rule=geometric-median or",
+        "NAME:mean.rule=trimmed-mean,mean.f=3, but of methods that make their own of all models.",
+        "",
+    ]
     for name in sorted(METHODS):
         cls = method_class(name)
         told = cls.__doc__ if cls.__module__.endswith(".method") else import_module(cls.__module__).__doc__

@@ -10,12 +10,14 @@ from anabranch.federated.local import train
 from anabranch.federated.method import FedAvg, Replies, Tensors, Visit
 from anabranch.federated.networks.layout import Network
 from anabranch.federated.packed import Packed
+from anabranch.federated.robust_mean import check_mean
 from anabranch.federated.schedule import Schedule
 from anabranch.federated.streams import Streams
 
 
 def first_server(method: FedAvg, network: Network, clients: int, seed: int) -> dict[str, Tensor]:
     """What the server knows before the first round, "model" [W, D] too; networks differ in their first weights."""
+    check_mean(method)
     generator = torch.Generator().manual_seed(seed)
     model = torch.stack([network.first(generator) for _ in range(method.networks)])
     return {"model": model, **method.first(network, clients)}
@@ -79,7 +81,9 @@ class Gathering:
         self._method, self._trained = method, network.layout.trained
         self._model, self._clients, self._counts = model, clients, counts
         self._total = torch.zeros(model.shape, dtype=torch.float64)
-        self._models = torch.empty(len(clients), *model.shape) if method.needs_all or whole else None
+        self._models = (
+            torch.empty(len(clients), *model.shape) if method.needs_all or method.mean is not None or whole else None
+        )
         self._lengths = torch.empty(len(clients), len(model), dtype=torch.float64)
         self._extras: list[tuple[Tensor, Tensors]] = []
 

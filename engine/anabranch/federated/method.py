@@ -17,6 +17,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from anabranch.aggregate.settings import AggregateMethod
 from anabranch.federated.networks.layout import Network, Output, Views, forward
 from anabranch.federated.packed import Batch, Packed
 from anabranch.federated.schedule import Schedule
@@ -117,11 +118,14 @@ class Replies(NamedTuple):
 class FedAvg:
     """Local SGD on cross-entropy; the mean of the models, weighted by their clients' samples.
 
+    mean        a robust rule in the place of the mean of a round's models; None for the mean, which also is a sum
     networks    W: networks that the federation trains
     needs_all   the server needs all models of a round at once, not only their mean
     per_sample  names in `kept` that have one entry for each sample
     uneven      names in `reply` of which a client has as many things as it likes, [N, things, ...]: zeros fill them up
     """
+
+    mean: AggregateMethod | None = None
 
     networks: ClassVar[int] = 1
     needs_all: ClassVar[bool] = False

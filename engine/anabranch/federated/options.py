@@ -16,7 +16,7 @@ def make(cls: type[S], given: Mapping[str, Any], *, what: str) -> S:
     Settings within settings are named with a dot, or given as a table. ValueError for names that it does not have.
     """
     hints, known = get_type_hints(cls), {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
-    nested = {name for name, hint in hints.items() if name in known and is_dataclass(hint)}
+    nested = {name: held for name, hint in hints.items() if name in known and (held := _dataclass_in(hint))}
     values: dict[str, Any] = {}
     for name, value in given.items():
         outer, _, inner = name.partition(".")
@@ -27,12 +27,17 @@ def make(cls: type[S], given: Mapping[str, Any], *, what: str) -> S:
             values.setdefault(outer, {}).update({inner: value} if inner else value)
         else:
             values[name] = typed(hints[name], value, what=f"{what}: {name}")
-    for name in nested & values.keys():
-        values[name] = make(hints[name], values[name], what=f"{what}: {name}")
+    for name in nested.keys() & values.keys():
+        values[name] = make(nested[name], values[name], what=f"{what}: {name}")
     try:
         return cls(**values)
     except TypeError as error:  # an option without a default
         raise ValueError(f"{what}: {error}") from error
+
+
+def _dataclass_in(hint: Any) -> type[Any] | None:
+    """A type of settings, or what else than None there may be."""
+    return next((one for one in (hint, *get_args(hint)) if isinstance(one, type) and is_dataclass(one)), None)
 
 
 def typed(hint: Any, value: Any, *, what: str) -> Any:

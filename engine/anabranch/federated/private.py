@@ -115,7 +115,8 @@ def beyond_sums(method: FedAvg) -> list[str]:
         "reply": "gets more than a model from each client (reply)",
         "aggregate": "makes more of the replies than their mean (aggregate)",
     }
-    return [steps[step] for step in changes(method, *steps)]
+    ruled = ["takes a robust rule for the mean (mean)"] if method.mean is not None else []
+    return [*ruled, *(steps[step] for step in changes(method, *steps))]
 
 
 class SecureSums:

@@ -20,6 +20,7 @@ from anabranch.federated.local import group_size
 from anabranch.federated.method import FedAvg, Replies, Tensors, Visit
 from anabranch.federated.networks.layout import Network
 from anabranch.federated.packed import pack
+from anabranch.federated.robust_mean import conclude
 from anabranch.federated.schedule import Schedule
 from anabranch.federated.streams import NOBODY, Streams
 
@@ -85,7 +86,7 @@ def run_round(federation: Federation, *, threads: int = 1) -> Replies:
     if f.method.survey(f.round):
         f.server = f.method.settle(f.server, survey(f, threads=threads), f.round)
     replies = visit_all(f, cohort(f.schedule, len(f.holdings.owned), f.round), threads=threads)
-    f.server = f.method.aggregate(f.server, replies, f.round)
+    f.server = conclude(f.method, f.server, replies, f.round)
     f.round += 1
     return replies
 

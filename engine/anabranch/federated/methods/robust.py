@@ -21,17 +21,17 @@ Reconstructed   `root` and `own` are the number of a client whose data the serve
 Shared          aggregate/job.py aggregates. Running statistics are numbers like all others.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from anabranch.aggregate.job import aggregate_tensors
-from anabranch.aggregate.robust import aggregate_updates, of_round
-from anabranch.aggregate.settings import RULES, AggregateMethod, AggregateOptions
+from anabranch.aggregate.robust import aggregate_updates
+from anabranch.aggregate.settings import AggregateMethod
 from anabranch.federated.method import FedAvg, Replies, Tensors
 from anabranch.federated.networks.layout import Network
+from anabranch.federated.robust_mean import for_round, robust_mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,38 +60,14 @@ class Robust(FedAvg):
         return {"sizes": torch.tensor(sizes)}
 
     def aggregate(self, server: Tensors, replies: Replies, round: int) -> dict[str, Tensor]:
-        """Raises ValueError for a cohort that is too small for the rule or lacks the trusted client, for models that
-        are not finite, and for a median that is not found."""
+        """Raises ValueError as `robust_mean` does."""
         assert replies.models is not None
         models, base = replies.models[:, 0], server["model"][0]
-        broken = replies.clients[~replies.lengths.isfinite().all(1)].tolist()
-        if broken:
-            raise ValueError(f"the models of clients {broken} are not finite")
-        weighted = self.weighted and "weights" in RULES[self.method.rule] and "bucketing" not in self.method.pre
-        weights = replies.weights.tolist() if weighted else None
-        method = _of_cohort(of_round(self.method, round, weights=weights), replies.clients)
-        if method.rule == "foolsgold":
+        if self.method.rule == "foolsgold":
+            method = for_round(self.method, replies, round, weighted=self.weighted)
             history = server["history"].index_add(0, replies.clients, models - base)
             update = aggregate_updates(models - base, method, history=history[replies.clients]).update
             return {**server, "model": (base + update)[None], "history": history}
-        sizes = server["sizes"].tolist()
-        options = AggregateOptions(per_tensor=self.per_tensor, distances=False)
-        parts, _ = aggregate_tensors([_named(row, sizes) for row in models], method, options, base=_named(base, sizes))
-        return {**server, "model": torch.cat([parts[name] for name in _named(base, sizes)])[None]}
-
-
-def _of_cohort(method: AggregateMethod, clients: Tensor) -> AggregateMethod:
-    """The method with a place in the cohort instead of a client's number."""
-    for name in ("own", "root"):
-        number = getattr(method, name)
-        if number is None:
-            continue
-        places = (clients == number).nonzero()[:, 0].tolist()
-        if not places:
-            raise ValueError(f"client {number}, whom {method.rule} trusts, is not in the cohort {clients.tolist()}")
-        method = replace(method, **{name: places[0]})
-    return method
-
-
-def _named(row: Tensor, sizes: list[int]) -> dict[str, Tensor]:
-    return {str(i): part for i, part in enumerate(row.split(sizes))}
+        sizes = server["sizes"].tolist() if self.per_tensor else None
+        made = robust_mean(self.method, models, base, replies, round, weighted=self.weighted, sizes=sizes)
+        return {**server, "model": made[None]}

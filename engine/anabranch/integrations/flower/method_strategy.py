@@ -34,6 +34,7 @@ from torch import Tensor
 from anabranch.federated.gathering import Gathering, first_server, in_order
 from anabranch.federated.method import FedAvg, Replies
 from anabranch.federated.networks.layout import Network
+from anabranch.federated.robust_mean import conclude
 from anabranch.federated.rounds import cohort
 from anabranch.federated.schedule import Schedule
 from anabranch.integrations.flower import method_records as records
@@ -143,7 +144,7 @@ class MethodStrategy(Strategy):
         try:
             if not usual:
                 raise ValueError("no usable reply")
-            server = self.method.aggregate(self.server, self._gathered({k: came[k] for k in sorted(usual)}), self.round)
+            server = conclude(self.method, self.server, self._gathered({k: came[k] for k in sorted(usual)}), self.round)
             if not bool(server["model"].isfinite().all()):
                 raise ValueError("the model is not finite")
             self.server = server
