@@ -23,6 +23,8 @@ def make(cls: type[S], given: Mapping[str, Any], *, what: str) -> S:
         if outer not in known or (inner and outer not in nested):
             listed = ", ".join(f"{field} ({default_of(known[field])})" for field in known) or "none"
             raise ValueError(f"{what} has no option {name!r}; its options are {listed}")
+        if outer in nested and not inner and not isinstance(value, Mapping):
+            raise ValueError(f"{what}: {name} has options of its own, as {name}.NAME=VALUE, got {value!r}")
         if outer in nested:
             values.setdefault(outer, {}).update({inner: value} if inner else value)
         else:

@@ -24,6 +24,7 @@ class Own:
     pair: tuple[float, float] = (1.0, 2.0)
     out: Path | None = None
     rule: Rule = field(default_factory=Rule)
+    mean: Rule | None = None
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,8 @@ class Own:
         ({"widths": "8,9", "pair": "3,4", "out": "here"}, Own(widths=(8, 9), pair=(3.0, 4.0), out=Path("here"))),
         ({"rule.name": "median", "rule.keep": "2"}, Own(rule=Rule(name="median", keep=2))),
         ({"rule": {"name": "median"}, "rule.keep": "none"}, Own(rule=Rule(name="median"))),
+        ({"mean.keep": "2"}, Own(mean=Rule(keep=2))),
+        ({"mean": {}}, Own(mean=Rule())),
     ],
 )
 def test_values_become_what_is_declared(given, expected):
@@ -56,6 +59,8 @@ def test_values_become_what_is_declared(given, expected):
         ({"mu": [1]}, "mu must be float"),
         ({"rule.name": "mode"}, r"own: rule: name must be one of \['mean', 'median'\]"),
         ({"rule.last": "1"}, "own: rule has no option 'last'"),
+        ({"mean": "median"}, "own: mean has options of its own, as mean.NAME=VALUE, got 'median'"),
+        ({"mean.name": "mode"}, "own: mean: name must be one of"),
     ],
 )
 def test_what_is_not_declared_is_refused(given, said):

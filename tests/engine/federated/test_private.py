@@ -129,6 +129,12 @@ def test_what_is_clipped_is_counted():
         ("fedexp", "privacy=2", 9, r"cannot carry FedExP, whose server makes more of the replies .*\(aggregate\)"),
         ("robustfl", "privacy=2", 9, r"gets more than a model from each client \(reply\) and makes more"),
         ("fednoro", "privacy=2", 9, r"asks each client something \(survey\)"),
+        (
+            "fedavg:mean.rule=mean",
+            "privacy=2",
+            9,
+            r"cannot carry FedAvg, whose server takes a robust rule for the mean",
+        ),
         ("fedavg", "privacy=3,dropouts=2", 6, "need 8 clients in a round, a cohort has 6"),
         ("fedavg", "privacy=0", 6, "need K, T >= 1"),
         ("fedavg", "secrecy=2", 6, "secure has no option 'secrecy'"),

@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.common import serde
 from flwr.serverapp.strategy import FedAvg as FlowersFedAvg
 
+from anabranch.aggregate.settings import AggregateMethod
 from anabranch.federated.choices import METHODS, choose_method
 from anabranch.federated.method import FedAvg
 from anabranch.federated.methods.clipping import Clipping
@@ -25,6 +26,7 @@ from anabranch.federated.methods.fednoro import FedNoRo
 from anabranch.federated.methods.joint_optim import JointOptim
 from anabranch.federated.methods.maskedoptim import MaskedOptim
 from anabranch.federated.methods.robustfl import RobustFL
+from anabranch.federated.methods.symmetric_ce import SymmetricCE
 from anabranch.federated.networks.mlp import MLP
 from anabranch.federated.rounds import Holdings, cohort, found, run_round, visit_all
 from anabranch.federated.schedule import Schedule
@@ -135,6 +137,14 @@ def test_every_method_is_the_one_on_one_machine(name):
         sent = {key: torch.from_numpy(array.numpy()) for key, array in result.arrays.items()}
         torch.testing.assert_close(alone.network.layout.model(sent), alone.server["model"], **CLOSE)
         assert result.train_metrics_clientapp[2]["method.skipped"] == 0
+
+
+def test_a_rule_takes_the_place_of_the_mean():
+    method = SymmetricCE(mean=AggregateMethod(rule="coordinate-median"))
+    expected = on_one_machine(method).server["model"]
+    strategy, _ = over(Grid(method), method)
+    torch.testing.assert_close(strategy.server["model"], expected, **CLOSE)
+    assert not torch.allclose(expected, on_one_machine(SymmetricCE()).server["model"], **CLOSE)
 
 
 def test_what_is_used_of_a_method():
