@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from anabranch_kernels.native import extension
-from anabranch_kernels.perceptron_sgd import cpu, reference
+from anabranch_kernels.perceptron_sgd import cpu, gpu, reference
 from anabranch_kernels.perceptron_sgd.op import MOST_LAYERS, perceptron_sgd
 
 ISAS = extension.supported_isas()
@@ -76,6 +76,13 @@ def test_the_reference_is_torch_s_own_sgd(widths):
     assert_close(double, torch.stack(expected), rtol=1e-12, atol=1e-12)
 
 
+def by_gpu_s_code(tensors, widths, batch=4, lr=0.1, momentum=0.9, weight_decay=1e-2):
+    rows, velocity, *rest = tensors
+    rows, velocity = rows.clone(), velocity.clone()
+    gpu.perceptron_sgd(rows, velocity, *rest, widths, batch, lr, momentum, weight_decay)
+    return rows, velocity
+
+
 sizes = st.integers(1, 40)
 
 
@@ -89,6 +96,7 @@ sizes = st.integers(1, 40)
 def test_every_instruction_set_trains_as_the_reference(widths, counts, batch, seed):
     tensors = case(tuple(widths), tuple(counts), seed=seed)
     expected = by_reference(tensors, widths, batch, lr=0.02)
+    assert_close(by_gpu_s_code(tensors, widths, batch, lr=0.02), expected, rtol=1e-4, atol=2e-6)
     for isa in ISAS:
         # some steps, each off by a few roundings of sums of up to 40 terms
         assert_close(trained(tensors, isa, widths, batch, lr=0.02), expected, rtol=1e-4, atol=2e-6, msg=isa)
@@ -154,6 +162,7 @@ def test_what_is_beyond_the_counts_is_never_looked_at(isa):
     tensors = case(counts=(3, 9))
     expected = trained(tensors, isa)
     tensors[3][0, 3:], tensors[4][0, 3:] = 10**12, -7
+    assert_close(by_gpu_s_code(tensors, (5, 7, 3)), expected, rtol=1e-4, atol=2e-6)
     for ours, theirs in zip(trained(tensors, isa), expected, strict=True):
         assert torch.equal(ours, theirs)
 

@@ -8,6 +8,7 @@ Numerics float32 sums in a fixed order; the number of threads changes no bit.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,3 +36,13 @@ def perceptron_sgd(
         counts.data_ptr(), (len(rows), len(x), index.shape[1]), min(batch, index.shape[1]),
         (lr, momentum, weight_decay), isa, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def load_steps(
+    rows: Tensor, velocity: Tensor, widths: Sequence[int], batch: int, isa: str | None
+) -> tuple[Any, Tensor]:
+    """The kernel's steps, and the memory in which rows and velocities are trained, which must live as long."""
+    steps = extension.PerceptronSteps(tuple(widths), batch, len(rows), isa or ISA)
+    states = rows.new_empty(len(rows), steps.floats)
+    steps.load(states.data_ptr(), rows.data_ptr(), velocity.data_ptr(), torch.get_num_threads())
+    return steps, states

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..library import define
-from . import cpu, reference
+from . import cpu, gpu, reference
 
 MOST_LAYERS = 16  # csrc/perceptron_sgd.h
 
@@ -16,6 +16,7 @@ _op = define(
     " int[] widths, int batch, float lr, float momentum, float weight_decay) -> ()",
     reference=reference.perceptron_sgd,
     cpu=cpu.perceptron_sgd,
+    cuda=gpu.perceptron_sgd,
     fake=lambda *args: None,
 )
 

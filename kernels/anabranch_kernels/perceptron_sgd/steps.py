@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..native import ISA, extension
+from . import cpu
 from .op import check_rows
 
 
@@ -19,15 +19,15 @@ class PerceptronSteps:
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
 
-    def __init__(self, rows: Tensor, velocity: Tensor, *, widths: Sequence[int], batch: int, isa: str = ISA) -> None:
+    def __init__(
+        self, rows: Tensor, velocity: Tensor, *, widths: Sequence[int], batch: int, isa: str | None = None
+    ) -> None:
         check_rows(rows, velocity, widths, batch)
         if rows.device.type != "cpu":
             raise ValueError(f"steps are taken on the CPU, got rows on {rows.device}")
         self.widths, self.batch = tuple(widths), batch
         self._rows, self._velocity = rows, velocity
-        self._steps = extension.PerceptronSteps(self.widths, batch, len(rows), isa)
-        self._states = rows.new_empty(len(rows), self._steps.floats)
-        self._steps.load(self._states.data_ptr(), rows.data_ptr(), velocity.data_ptr(), torch.get_num_threads())
+        self._steps, self._states = cpu.load_steps(rows, velocity, widths, batch, isa)
         self._seen = 0, 0
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
