@@ -77,8 +77,9 @@ def by_kernel(method: FedAvg, visit: Visit, rows: Tensor, velocity: Tensor, data
     for batch in batches(visit, data, number):
         logits, features = (said.requires_grad_() for said in steps.forward(batch.x.flatten(2)))
         out = Output(logits, features, features)
-        visit.latest = rows, batch.x, out
-        loss = descended(visit, rows, batch, method.loss_of(visit, out, batch))
+        loss = method.loss_of(visit, out, batch)
+        visit.latest = rows, batch.x, out  # rows are not what they will be; nothing may look through them again
+        loss = descended(visit, rows, batch, loss)
         of_logits, of_features = torch.autograd.grad(loss, [logits, features], torch.ones_like(loss), allow_unused=True)
         steps.step(
             torch.zeros_like(logits) if of_logits is None else of_logits, of_features, batch.live, lr=schedule.lr,
