@@ -21,7 +21,8 @@ def make(cls: type[S], given: Mapping[str, Any], *, what: str) -> S:
     for name, value in given.items():
         outer, _, inner = name.partition(".")
         if outer not in known or (inner and outer not in nested):
-            listed = ", ".join(f"{field} ({default_of(known[field])})" for field in known) or "none"
+            own = (f"{field}.NAME" if field in nested else f"{field} ({default_of(known[field])})" for field in known)
+            listed = ", ".join(own) or "none"
             raise ValueError(f"{what} has no option {name!r}; its options are {listed}")
         if outer in nested and not inner and not isinstance(value, Mapping):
             raise ValueError(f"{what}: {name} has options of its own, as {name}.NAME=VALUE, got {value!r}")
