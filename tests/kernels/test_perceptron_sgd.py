@@ -28,19 +28,24 @@ def case(widths=(5, 7, 3), counts=(9, 4, 6), M=20, seed=0, moving=0.1):
     return rows, velocity, x, index, y, torch.tensor(counts, dtype=torch.int64)
 
 
-def by_reference(tensors, widths, batch=4, lr=0.1, momentum=0.9, weight_decay=1e-2):
-    """Rows and velocities afterwards."""
+def after(train, tensors, widths=(5, 7, 3), batch=4, lr=0.1, momentum=0.9, weight_decay=1e-2, **more):
+    """Rows and velocities that `train` makes of copies of them."""
     rows, velocity, *rest = tensors
     rows, velocity = rows.clone(), velocity.clone()
-    reference.perceptron_sgd(rows, velocity, *rest, widths, batch, lr, momentum, weight_decay)
+    train(rows, velocity, *rest, widths, batch, lr, momentum, weight_decay, **more)
     return rows, velocity
 
 
-def trained(tensors, isa=ISAS[-1], widths=(5, 7, 3), batch=4, lr=0.1, momentum=0.9, weight_decay=1e-2):
-    rows, velocity, *rest = tensors
-    rows, velocity = rows.clone(), velocity.clone()
-    cpu.perceptron_sgd(rows, velocity, *rest, widths, batch, lr, momentum, weight_decay, isa)
-    return rows, velocity
+def by_reference(tensors, *arguments, **more):
+    return after(reference.perceptron_sgd, tensors, *arguments, **more)
+
+
+def by_gpu_s_code(tensors, *arguments, **more):
+    return after(gpu.perceptron_sgd, tensors, *arguments, **more)
+
+
+def trained(tensors, isa=ISAS[-1], *arguments, **more):
+    return after(cpu.perceptron_sgd, tensors, *arguments, isa=isa, **more)
 
 
 def by_torch(row, x, y, widths, batch, epochs=1):
@@ -64,7 +69,7 @@ def by_torch(row, x, y, widths, batch, epochs=1):
 
 @pytest.mark.parametrize("widths", [(5, 3), (5, 7, 3), (4, 9, 6, 2)])
 def test_the_reference_is_torch_s_own_sgd(widths):
-    rows, _, x, index, y, counts = case(widths)
+    rows, _, x, index, y, counts = case(widths, (11, 4, 6))
     velocity = torch.zeros_like(rows)
     expected = [
         by_torch(row, x[at[:count]], label[:count], widths, 4, epochs=2)
@@ -74,13 +79,6 @@ def test_the_reference_is_torch_s_own_sgd(widths):
     for _ in range(2):  # velocities live on
         reference.perceptron_sgd(double, moving, x, index, y, counts, widths, **SGD)
     assert_close(double, torch.stack(expected), rtol=1e-12, atol=1e-12)
-
-
-def by_gpu_s_code(tensors, widths, batch=4, lr=0.1, momentum=0.9, weight_decay=1e-2):
-    rows, velocity, *rest = tensors
-    rows, velocity = rows.clone(), velocity.clone()
-    gpu.perceptron_sgd(rows, velocity, *rest, widths, batch, lr, momentum, weight_decay)
-    return rows, velocity
 
 
 sizes = st.integers(1, 40)

@@ -1,4 +1,4 @@
-"""One perceptron after another, batch after batch, in float64: what autograd would do, written out."""
+"""All perceptrons at once, batch after batch, in float64: what autograd would do, written out."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Parts = list[tuple[Tensor, Tensor]]  # weight [in, out] and bias [out] of each layer
+from ..tensors import wide
 
 
 def perceptron_sgd(
@@ -23,31 +23,50 @@ def perceptron_sgd(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    for i, count in enumerate(counts.tolist()):
-        row, moving = rows[i].double(), velocity[i].double()
-        for begin in range(0, count, batch):
-            some = slice(begin, min(begin + batch, count))
-            slope = _slope(_parts(row, widths), x[index[i, some]].double(), y[i, some])
-            moving = momentum * moving + slope + weight_decay * row
-            row = row - lr * moving
-        rows[i], velocity[i] = row, moving
+    row, moving = wide(rows), wide(velocity)
+    train(row, moving, wide(x), index, y, counts, widths, batch, lr, momentum, weight_decay)
+    rows.copy_(row)
+    velocity.copy_(moving)
 
 
-def _parts(row: Tensor, widths: Sequence[int]) -> Parts:
+def train(
+    rows: Tensor,
+    velocity: Tensor,
+    x: Tensor,
+    index: Tensor,
+    y: Tensor,
+    counts: Tensor,
+    widths: Sequence[int],
+    batch: int,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """In place, in the dtype of rows, velocity and x."""
+    n = index.shape[1]
+    for begin in range(0, n, batch):
+        some = slice(begin, min(begin + batch, n))
+        sizes = (counts - begin).clamp(0, some.stop - begin)[:, None]
+        real = torch.arange(some.stop - begin, device=rows.device) < sizes
+        seen, told = (torch.where(real, of[:, some], 0) for of in (index, y))
+        slope = _slope(rows, widths, x[seen], told, real.to(x.dtype) / sizes.clamp_min(1))
+        moving = momentum * velocity + slope + weight_decay * rows
+        velocity.copy_(torch.where(sizes > 0, moving, velocity))
+        rows.sub_(torch.where(sizes > 0, moving, 0), alpha=lr)
+
+
+def _slope(rows: Tensor, widths: Sequence[int], x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """[N, D], of the sums of cross-entropies of x [N, B, F] and y [N, B] times weight [N, B]."""
     sizes = [size for a, b in pairwise(widths) for size in (a * b, b)]
-    weights, biases = row.split(sizes)[::2], row.split(sizes)[1::2]
-    return [(w.view(-1, len(b)), b) for w, b in zip(weights, biases, strict=True)]
-
-
-def _slope(parts: Parts, x: Tensor, y: Tensor) -> Tensor:
-    """Of the mean cross-entropy in a row."""
+    parts = rows.split(sizes, 1)
+    weights = [part.unflatten(1, shape) for part, shape in zip(parts[::2], pairwise(widths), strict=True)]
     outputs = [x]
-    for i, (weight, bias) in enumerate(parts, 1):
-        z = outputs[-1] @ weight + bias
-        outputs.append(z if i == len(parts) else z.relu())
-    back = (outputs.pop().softmax(1) - F.one_hot(y, len(parts[-1][1]))) / len(y)
+    for i, (w, bias) in enumerate(zip(weights, parts[1::2], strict=True), 1):
+        z = torch.baddbmm(bias[:, None], outputs[-1], w)
+        outputs.append(z if i == len(weights) else z.relu())
+    back = (outputs.pop().softmax(-1) - F.one_hot(y, widths[-1])) * weight[..., None]
     slopes: list[Tensor] = []
-    for (weight, _), a in zip(reversed(parts), reversed(outputs), strict=True):
-        slopes = [(a.T @ back).flatten(), back.sum(0), *slopes]
-        back = (back @ weight.T) * (a > 0)
-    return torch.cat(slopes)
+    for w, a in zip(reversed(weights), reversed(outputs), strict=True):
+        slopes = [(a.mT @ back).flatten(1), back.sum(1), *slopes]
+        back = (back @ w.mT) * (a > 0)
+    return torch.cat(slopes, 1)
