@@ -130,9 +130,11 @@ Sgd sgd_of(const std::array<float, 3>& sgd) { return {sgd[0], sgd[1], sgd[2]}; }
 void train_perceptrons(const std::vector<int>& widths, uintptr_t rows, uintptr_t velocity, uintptr_t x, uintptr_t index,
                        uintptr_t y, uintptr_t counts, const std::array<int64_t, 3>& sizes, int batch,
                        const std::array<float, 3>& sgd, const std::string& isa, int threads) {
-  const PerceptronCall c{perceptron_of(widths, batch), sgd_of(sgd),          pointer<float>(rows), pointer<float>(velocity),
-                         pointer<float>(x),            pointer<int64_t>(index), pointer<int64_t>(y),  pointer<int64_t>(counts),
-                         sizes[0],                     sizes[1],             sizes[2]};
+  PerceptronCall c{};
+  c.net = perceptron_of(widths, batch), c.sgd = sgd_of(sgd);
+  c.rows = pointer<float>(rows), c.velocity = pointer<float>(velocity), c.x = pointer<float>(x);
+  c.index = pointer<int64_t>(index), c.y = pointer<int64_t>(y), c.counts = pointer<int64_t>(counts);
+  c.N = sizes[0], c.M = sizes[1], c.n = sizes[2];
   const Isa chosen = isa_of(isa);
   py::gil_scoped_release release;
   const std::string wrong = perceptron_sgd(c, chosen, threads);
@@ -229,7 +231,8 @@ PYBIND11_MODULE(_C, m) {
       .def("unload", [](const Steps& s, uintptr_t rows, uintptr_t velocity, int threads) {
         perceptron_unload(s, pointer<float>(rows), pointer<float>(velocity), threads);
       }, Release())
-      .def("forward", [](const Steps& s, uintptr_t x, int64_t M, int B, uintptr_t logits, uintptr_t features, int threads) {
+      .def("forward", [](const Steps& s, uintptr_t x, int64_t M, int B, uintptr_t logits, uintptr_t features,
+                         int threads) {
         perceptron_forward(s, pointer<float>(x), M, B, pointer<float>(logits), pointer<float>(features), threads);
       }, Release())
       .def("step", [](const Steps& s, const std::array<float, 3>& sgd, uintptr_t logits, uintptr_t features,

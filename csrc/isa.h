@@ -31,15 +31,14 @@ struct Perceptron;
 struct PerceptronCall;
 struct Sgd;
 
+// A row of those for perceptrons; scratch and states are theirs, of `floats`.
 struct PerceptronKernels {
   int64_t (*floats)(const Perceptron&);
   void (*epoch)(const PerceptronCall&, int64_t row, float* scratch);
   void (*load)(const Perceptron&, float* state, const float* row, const float* velocity);
   void (*unload)(const Perceptron&, float* state, float* row, float* velocity);
-  void (*forward)(const Perceptron&, float* state, const float* x, int samples, float* logits,
-                  float* features);
-  void (*step)(const Perceptron&, const Sgd&, float* state, const float* logits, const float* features,
-               int samples);
+  void (*forward)(const Perceptron&, float* state, const float* x, int samples, float* logits, float* features);
+  void (*step)(const Perceptron&, const Sgd&, float* state, const float* logits, const float* features, int samples);
 };
 
 // One row of function pointers for each instruction set. Scratch memory comes from the caller, 64-byte aligned.
@@ -54,7 +53,8 @@ struct Kernels {
   void (*gram)(const GramCall&, int b, int64_t begin, int64_t end, float* scratch, double* sums);
   int64_t (*combine_scratch_floats)();
   void (*combine)(const CombineCall&, int b, const Addend*, int addends, int64_t begin, int64_t end, float* scratch);
-  CoordinatePlan (*coordinate_plan)(const CoordinateCall&);  // this and the next two up to AVX-512; null above
+  // The next three up to AVX-512; null above.
+  CoordinatePlan (*coordinate_plan)(const CoordinateCall&);
   bool (*coordinates)(const CoordinateCall&, int b, int64_t begin, int64_t end, const Exchange*, int64_t exchanges,
                       float* scratch);
   PerceptronKernels perceptron;

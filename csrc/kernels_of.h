@@ -79,7 +79,8 @@ constexpr PerceptronKernels perceptron_kernels_of() {
         [](const Perceptron& net, float* state, const float* x, int samples, float* logits, float* features) {
           PerceptronKernel<S>(net, state).forward_all(x, samples, logits, features);
         },
-        [](const Perceptron& net, const Sgd& sgd, float* state, const float* logits, const float* features, int samples) {
+        [](const Perceptron& net, const Sgd& sgd, float* state, const float* logits, const float* features,
+           int samples) {
           PerceptronKernel<S>(net, state).step_all(sgd, logits, features, samples);
         },
     };

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -28,7 +27,8 @@ class PerceptronKernel {
 
  public:
   // `scratch` is the perceptron's own as long as it is trained.
-  PerceptronKernel(const Perceptron& net, float* scratch) : net_(net), L_(net.layers), widths_(net.widths), s_(scratch) {
+  PerceptronKernel(const Perceptron& net, float* scratch)
+      : net_(net), L_(net.layers), widths_(net.widths), s_(scratch) {
     int64_t at = 0;
     const auto room_for = [&](int64_t floats) {
       const int64_t begin = at;
@@ -171,7 +171,7 @@ class PerceptronKernel {
                                                      F (&totals)[R][V]) {
     for (int begin = 0; begin < K; begin += kTerms) {
       F sums[R][V];
-      fill(sums, S::zero());
+      clear(sums);
       for (int k = begin; k < std::min(begin + kTerms, K); ++k) {
         F w[V];
 #pragma GCC unroll 2
@@ -183,19 +183,22 @@ class PerceptronKernel {
           for (int v = 0; v < V; ++v) sums[r][v] = S::fma(factor, w[v], sums[r][v]);
         }
       }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) totals[r][v] = S::add(totals[r][v], sums[r][v]);
+      each_sum(sums, [&](int r, int v, F& sum) { totals[r][v] = S::add(totals[r][v], sum); });
     }
   }
 
-  template <int R, int V>
-  [[gnu::always_inline]] static inline void fill(F (&all)[R][V], F value) {
+  // Calls body(r, v, sum) for the registers of a product.
+  template <int R, int V, class Body>
+  [[gnu::always_inline]] static inline void each_sum(F (&sums)[R][V], Body&& body) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) all[r][v] = value;
+      for (int v = 0; v < V; ++v) body(r, v, sums[r][v]);
+  }
+
+  template <int R, int V>
+  [[gnu::always_inline]] static inline void clear(F (&sums)[R][V]) {
+    each_sum(sums, [](int, int, F& sum) { sum = S::zero(); });
   }
 
   void forward(int l, int samples) {
@@ -210,16 +213,11 @@ class PerceptronKernel {
       each_block(0, samples, [&](int b, auto rows) {
         constexpr int R = rows;
         F sums[R][V];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) sums[r][v] = S::load(s_ + bias_[l] + c + v * W);
+        each_sum(sums, [&](int, int v, F& sum) { sum = S::load(s_ + bias_[l] + c + v * W); });
         multiply<R, V>(a + b * a_row, a_row, panel, widths_[l], sums);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-          for (int v = 0; v < V; ++v)
-            S::store(to + int64_t{b + r} * P + c + v * W, last ? sums[r][v] : S::max(S::zero(), sums[r][v]));  // NaN stays
+        each_sum(sums, [&](int r, int v, F& sum) {
+          S::store(to + int64_t{b + r} * P + c + v * W, last ? sum : S::max(S::zero(), sum));  // NaN stays
+        });
       });
     });
   }
@@ -258,15 +256,12 @@ class PerceptronKernel {
       each_block(0, samples, [&](int b, auto rows) {
         constexpr int R = rows;
         F sums[R][V];
-        fill(sums, S::zero());
+        clear(sums);
         multiply<R, V>(from + int64_t{b} * P, P, s_ + turned_ + int64_t{out} * c, out, sums);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) {
-            const int64_t place = int64_t{b + r} * P_in + c + v * W;
-            S::store(to + place, S::where_greater(S::load(a + place), S::zero(), sums[r][v], S::zero()));
-          }
+        each_sum(sums, [&](int r, int v, F& sum) {
+          const int64_t place = int64_t{b + r} * P_in + c + v * W;
+          S::store(to + place, S::where_greater(S::load(a + place), S::zero(), sum, S::zero()));
+        });
       });
     });
   }
@@ -301,7 +296,7 @@ class PerceptronKernel {
       each_block(0, in, [&](int i, auto rows) {
         constexpr int R = rows;
         F sums[R][V];
-        fill(sums, S::zero());
+        clear(sums);
         for (int b = 0; b < samples; ++b) {
           F slope[V];
 #pragma GCC unroll 2
@@ -313,16 +308,13 @@ class PerceptronKernel {
             for (int v = 0; v < V; ++v) sums[r][v] = S::fma(factor, slope[v], sums[r][v]);
           }
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) move(sgd, panel + (int64_t{i + r} * V + v) * W, sums[r][v]);
+        each_sum(sums, [&](int r, int v, F& sum) { move(sgd, panel + (int64_t{i + r} * V + v) * W, sum); });
       });
-      F sums[V];
-      for (int v = 0; v < V; ++v) sums[v] = S::zero();
+      F sums[1][V];
+      clear(sums);
       for (int b = 0; b < samples; ++b)
-        for (int v = 0; v < V; ++v) sums[v] = S::add(sums[v], S::load(from + int64_t{b} * P + c + v * W));
-      for (int v = 0; v < V; ++v) move(sgd, s_ + bias_[l] + c + v * W, sums[v]);
+        each_sum(sums, [&](int, int v, F& sum) { sum = S::add(sum, S::load(from + int64_t{b} * P + c + v * W)); });
+      each_sum(sums, [&](int, int v, F& sum) { move(sgd, s_ + bias_[l] + c + v * W, sum); });
     });
   }
 

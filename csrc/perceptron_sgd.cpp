@@ -29,6 +29,19 @@ const PerceptronKernels& kernels_of_perceptrons(Isa isa) {
   return kernels_for(std::min(isa, Isa::avx512)).perceptron;  // the levels above add nothing here
 }
 
+// Calls body(row, its state, kernels) for all rows.
+template <class Body>
+void each_state(const PerceptronSteps& s, int threads, Body&& body) {
+  const PerceptronKernels& kernels = kernels_of_perceptrons(s.isa);
+  parallel_for(static_cast<int>(s.N), threads, [&](int i, int) { body(i, s.states + i * s.floats, kernels); });
+}
+
+// Row i of rows that are so long; null if there are none.
+template <class T>
+T* row_of(T* rows, int64_t i, int64_t floats) {
+  return rows == nullptr ? nullptr : rows + i * floats;
+}
+
 }  // namespace
 
 std::string perceptron_sgd(const PerceptronCall& call, Isa isa, int threads) {
@@ -49,41 +62,35 @@ int64_t perceptron_state_floats(const Perceptron& net, Isa isa) {
 }
 
 void perceptron_load(const PerceptronSteps& s, const float* rows, const float* velocity, int threads) {
-  const PerceptronKernels& kernels = kernels_of_perceptrons(s.isa);
   const int64_t D = s.net.size();
-  parallel_for(static_cast<int>(s.N), threads, [&](int i, int) {
-    kernels.load(s.net, s.states + i * s.floats, rows + i * D, velocity + i * D);
+  each_state(s, threads, [&](int64_t i, float* state, const PerceptronKernels& kernels) {
+    kernels.load(s.net, state, rows + i * D, velocity + i * D);
   });
 }
 
 void perceptron_unload(const PerceptronSteps& s, float* rows, float* velocity, int threads) {
-  const PerceptronKernels& kernels = kernels_of_perceptrons(s.isa);
   const int64_t D = s.net.size();
-  parallel_for(static_cast<int>(s.N), threads, [&](int i, int) {
-    kernels.unload(s.net, s.states + i * s.floats, rows + i * D, velocity + i * D);
+  each_state(s, threads, [&](int64_t i, float* state, const PerceptronKernels& kernels) {
+    kernels.unload(s.net, state, rows + i * D, velocity + i * D);
   });
 }
 
 void perceptron_forward(const PerceptronSteps& s, const float* x, int64_t M, int B, float* logits, float* features,
                         int threads) {
-  const PerceptronKernels& kernels = kernels_of_perceptrons(s.isa);
-  const int64_t seen = int64_t{B} * s.net.widths[0], named = int64_t{B} * s.net.widths[s.net.layers];
-  const int64_t felt = int64_t{B} * s.net.widths[s.net.layers - 1];
-  parallel_for(static_cast<int>(s.N), threads, [&](int i, int) {
-    kernels.forward(s.net, s.states + i * s.floats, x + i % M * seen, B, logits + i * named,
-                               features == nullptr ? nullptr : features + i * felt);
+  const int* last = s.net.widths + s.net.layers;
+  each_state(s, threads, [&](int64_t i, float* state, const PerceptronKernels& kernels) {
+    kernels.forward(s.net, state, row_of(x, i % M, int64_t{B} * s.net.widths[0]), B,
+                    row_of(logits, i, int64_t{B} * last[0]), row_of(features, i, int64_t{B} * last[-1]));
   });
 }
 
 void perceptron_step(const PerceptronSteps& s, const Sgd& sgd, const float* logits, const float* features,
                      const bool* live, int64_t M, int B, int threads) {
-  const PerceptronKernels& kernels = kernels_of_perceptrons(s.isa);
-  const int64_t named = int64_t{B} * s.net.widths[s.net.layers];
-  const int64_t felt = int64_t{B} * s.net.widths[s.net.layers - 1];
-  parallel_for(static_cast<int>(s.N), threads, [&](int i, int) {
+  const int* last = s.net.widths + s.net.layers;
+  each_state(s, threads, [&](int64_t i, float* state, const PerceptronKernels& kernels) {
     if (live[i % M])
-      kernels.step(s.net, sgd, s.states + i * s.floats, logits + i * named,
-                              features == nullptr ? nullptr : features + i * felt, B);
+      kernels.step(s.net, sgd, state, row_of(logits, i, int64_t{B} * last[0]),
+                   row_of(features, i, int64_t{B} * last[-1]), B);
   });
 }
 

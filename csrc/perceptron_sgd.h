@@ -60,7 +60,8 @@ void perceptron_unload(const PerceptronSteps& steps, float* rows, float* velocit
 void perceptron_forward(const PerceptronSteps& steps, const float* x, int64_t M, int B, float* logits, float* features,
                         int threads);
 
-// Of what `perceptron_forward` last gave, the slopes, for rows of which live [M] is true; those of features may be null.
+// Of what `perceptron_forward` last gave, the slopes, for rows of which live [M] is true; those of features may be
+// null.
 void perceptron_step(const PerceptronSteps& steps, const Sgd& sgd, const float* logits, const float* features,
                      const bool* live, int64_t M, int B, int threads);
 
