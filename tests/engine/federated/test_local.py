@@ -16,20 +16,22 @@ from anabranch.federated.methods.robustfl import RobustFL
 from anabranch.federated.methods.symmetric_ce import SymmetricCE
 from anabranch.federated.networks.cnn import CNN
 from anabranch.federated.networks.mlp import MLP
-from anabranch.federated.rounds import Holdings, found, run_round
-from anabranch.federated.schedule import Schedule
-
-COUNTS = (12, 2, 19, 5)
 
 
-def model_after(method, network, rounds=3, **settings):
-    generator, M = torch.Generator().manual_seed(1), sum(COUNTS)
-    x, y = torch.randn(M, 1, 4, 4, generator=generator), torch.randint(0, 3, (M,), generator=generator)
-    schedule = Schedule(**{"batch": 4, "epochs": 2, **settings})
-    federation = found(method, network, Holdings(x, y, torch.arange(M).split(list(COUNTS))), schedule)
-    for _ in range(rounds):
-        run_round(federation)
-    return federation.server["model"]
+@pytest.fixture
+def model_after(trained):
+    """The model of a method and a network for pictures after some rounds."""
+    return lambda method, network, rounds=3, **settings: trained(
+        method, rounds, network=network, shape=(1, 4, 4), **settings
+    )
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Grows with the way of every visit."""
+    taken, real = [], local.way_of
+    monkeypatch.setattr(local, "way_of", lambda *args: (taken.append(real(*args)), taken[-1])[1])
+    return taken
 
 
 @pytest.fixture
@@ -42,14 +44,14 @@ def epochs(monkeypatch):
 
 @pytest.mark.parametrize("widths", [(16, 3), (16, 7, 3), (16, 9, 5, 3)])
 @pytest.mark.parametrize("settings", [{}, {"drop_last": True}, {"momentum": 0.0, "weight_decay": 0.0}, {"batch": 64}])
-def test_it_trains_as_the_steps_do(widths, settings, by_steps, epochs):
+def test_it_trains_as_the_steps_do(widths, settings, model_after, by_steps, epochs):
     whole = model_after(FedAvg(), MLP(widths), **settings)
     assert len(epochs) == 6  # three rounds of one group, two epochs each
     torch.testing.assert_close(whole, model_after(by_steps, MLP(widths), **settings), rtol=1e-5, atol=1e-6)
     assert len(epochs) == 6
 
 
-def test_networks_beside_each_other_are_each_trained(by_steps, epochs):
+def test_networks_beside_each_other_are_each_trained(model_after, by_steps, epochs):
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Two(FedAvg):
         networks: ClassVar[int] = 2
@@ -76,11 +78,9 @@ def test_networks_beside_each_other_are_each_trained(by_steps, epochs):
         (MaskedOptim(warmup=1), {"decorrelation": 0.1}),
     ],
 )
-def test_steps_of_the_kernel_are_those_of_autograd(widths, method, settings, monkeypatch):
+def test_steps_of_the_kernel_are_those_of_autograd(widths, method, settings, model_after, ways, monkeypatch):
     """Of whatever looks at a batch once; its loss is computed by torch, for clients with fewer samples too."""
     network = MLP(widths)
-    ways, real = [], local.way_of
-    monkeypatch.setattr(local, "way_of", lambda *args: (ways.append(real(*args)), ways[-1])[1])
     ours = model_after(method, network, **settings)
     assert set(ways) == {local.by_kernel}
     monkeypatch.setattr(local, "way_of", lambda *args: local.by_autograd)
@@ -98,28 +98,22 @@ def test_steps_of_the_kernel_are_those_of_autograd(widths, method, settings, mon
         (FedAvg(), CNN(1, 4, 4, 3), local.by_autograd),
     ],
 )
-def test_each_takes_the_way_that_fits_it(method, network, way, epochs, monkeypatch):
-    ways, real = [], local.way_of
-    monkeypatch.setattr(local, "way_of", lambda *args: (ways.append(real(*args)), ways[-1])[1])
+def test_each_takes_the_way_that_fits_it(method, network, way, model_after, epochs, ways):
     assert model_after(method, network, rounds=1).isfinite().all()
     assert set(ways) == {way}
     assert bool(epochs) == (way is local.whole)
 
 
-def test_a_slope_that_lies_otherwise_in_memory_is_the_same_slope(monkeypatch):
+def test_a_slope_that_lies_otherwise_in_memory_is_the_same_slope(model_after, monkeypatch):
     """torch's fused step once took slopes of convolutions, whose channels came last, for what they were not."""
-    network, real = CNN(1, 4, 4, 3), local.slope_of
+    network, real, seen = CNN(1, 4, 4, 3), local.slope_of, []
+
+    def noted(*args):
+        seen.extend(slopes := real(*args))
+        return slopes
+
+    monkeypatch.setattr(local, "slope_of", noted)
     expected = model_after(FedAvg(), network, share=0.25)  # a client alone, whose tensors have slopes of their own
-    assert any(not slope.is_contiguous() for slope in seen_slopes(monkeypatch, network))
+    assert any(not slope.is_contiguous() for slope in seen)
     monkeypatch.setattr(local, "slope_of", lambda *args: [slope.contiguous() for slope in real(*args)])
     torch.testing.assert_close(model_after(FedAvg(), network, share=0.25), expected, rtol=0, atol=0)
-
-
-def seen_slopes(monkeypatch, network):
-    seen, real = [], local.slope_of
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            local, "slope_of", lambda *args: (seen.extend(real(*args)), seen[-len(network.layout.shapes) :])[1]
-        )
-        model_after(FedAvg(), network, rounds=1, share=0.25)
-    return seen

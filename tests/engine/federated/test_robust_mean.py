@@ -13,27 +13,10 @@ from anabranch.federated.methods.fednoro import FedNoRo
 from anabranch.federated.methods.robust import Robust
 from anabranch.federated.methods.robustfl import RobustFL
 from anabranch.federated.methods.symmetric_ce import SymmetricCE
-from anabranch.federated.networks.mlp import MLP
 from anabranch.federated.robust_mean import conclude
-from anabranch.federated.rounds import Holdings, found, run_round
-from anabranch.federated.schedule import Schedule
+from anabranch.federated.rounds import run_round
 
-NETWORK = MLP((6, 7, 3))
 MEDIAN = AggregateMethod(rule="coordinate-median")
-
-
-def founded(method, counts=(12, 2, 19, 5), **settings):
-    generator, M = torch.Generator().manual_seed(1), sum(counts)
-    x, y = torch.randn(M, 6, generator=generator), torch.randint(0, 3, (M,), generator=generator)
-    schedule = Schedule(**{"batch": 4, "epochs": 2, **settings})
-    return found(method, NETWORK, Holdings(x, y, torch.arange(M).split(list(counts))), schedule)
-
-
-def model_after(method, rounds=3, **settings):
-    federation = founded(method, **settings)
-    for _ in range(rounds):
-        run_round(federation)
-    return federation.server["model"]
 
 
 @pytest.mark.parametrize(
@@ -46,37 +29,37 @@ def model_after(method, rounds=3, **settings):
         AggregateMethod(rule="fltrust", root=2),  # a client by its number
     ],
 )
-def test_under_fedavg_it_is_the_robust_method(rule):
-    assert torch.equal(model_after(FedAvg(mean=rule)), model_after(Robust(method=rule)))
+def test_under_fedavg_it_is_the_robust_method(rule, trained):
+    assert torch.equal(trained(FedAvg(mean=rule)), trained(Robust(method=rule)))
 
 
-def test_a_mean_by_that_name_is_the_mean():
+def test_a_mean_by_that_name_is_the_mean(trained):
     rule = AggregateMethod(rule="mean")
-    torch.testing.assert_close(model_after(SymmetricCE(mean=rule)), model_after(SymmetricCE()), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(trained(SymmetricCE(mean=rule)), trained(SymmetricCE()), atol=1e-6, rtol=1e-5)
 
 
-def test_each_of_two_networks_has_a_rule_of_its_own():
-    federation = founded(CoTeaching(mean=MEDIAN))
+def test_each_of_two_networks_has_a_rule_of_its_own(found_small):
+    federation = found_small(CoTeaching(mean=MEDIAN))
     replies = run_round(federation)
     expected = replies.models.transpose(0, 1).sort(1).values[:, 1:3].mean(1)  # the middle two of four
     torch.testing.assert_close(federation.server["model"], expected, atol=1e-7, rtol=0)
 
 
-def test_what_a_server_makes_of_a_mean_it_makes_of_the_rule_s():
-    plain = founded(FedExP(mean=MEDIAN))
+def test_what_a_server_makes_of_a_mean_it_makes_of_the_rule_s(found_small):
+    plain = found_small(FedExP(mean=MEDIAN))
     before = dict(plain.server)
     replies = run_round(plain)
-    middle = founded(FedAvg(mean=MEDIAN))
+    middle = found_small(FedAvg(mean=MEDIAN))
     run_round(middle)
     expected = FedExP().aggregate(before, replies._replace(mean=middle.server["model"]), 0)
     assert torch.equal(plain.server["model"], expected["model"])
-    centroids = founded(RobustFL(mean=MEDIAN))
+    centroids = found_small(RobustFL(mean=MEDIAN))
     run_round(centroids)
     assert "centroids" in centroids.server
 
 
-def test_a_hostile_client_moves_a_mean_and_not_the_rule():
-    federation = founded(FedAvg(mean=MEDIAN))
+def test_a_hostile_client_moves_a_mean_and_not_the_rule(found_small):
+    federation = found_small(FedAvg(mean=MEDIAN))
     replies = run_round(federation)
     models = replies.models.clone()
     models[1] += 1e6
@@ -95,13 +78,13 @@ def test_a_hostile_client_moves_a_mean_and_not_the_rule():
         (FedAvg(mean=AggregateMethod(rule="foolsgold")), "foolsgold remembers rounds"),
     ],
 )
-def test_where_no_rule_can_stand(method, match):
+def test_where_no_rule_can_stand(method, match, found_small):
     with pytest.raises(ValueError, match=match):
-        founded(method)
+        found_small(method)
 
 
-def test_models_that_are_not_finite_are_named():
-    federation = founded(FedAvg(mean=MEDIAN))
+def test_models_that_are_not_finite_are_named(found_small):
+    federation = found_small(FedAvg(mean=MEDIAN))
     replies = run_round(federation)
     lengths = replies.lengths.clone()
     lengths[2] = torch.nan
